@@ -1,0 +1,566 @@
+"""The one loop. It owns seeds, turns, optimisers, accumulation, clipping, averages and checkpoints; it knows no method.
+
+A method's `step` is a generator that yields (player, loss or parts). The loop runs backward, keeps only that player's
+gradients, steps its optimiser and resumes the generator. Gradient averaging over processes is done here, for the
+player whose turn it is: DistributedDataParallel would wait in every backward pass for the parameters of networks that
+have no turn.
+"""
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from limbeck.core import checkpoint, optim, schedule, shard
+from limbeck.core.errors import BadCheckpoint, BadInput, Interrupted, LimbeckError
+from limbeck.core.nets import Batch, Nets
+from limbeck.core.reduce import Part, mean
+from limbeck.core.state import Ema
+
+Parts = Tensor | Part | Mapping[str, Tensor | Part]
+Turn = tuple[str, Parts]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When it is. t: step within the stage. steps: of the stage. stage: index. epoch: passes over the data so far."""
+
+    t: int
+    steps: int
+    stage: int = 0
+    epoch: int = 0
+    late: float = 0.0  # share of a time limit that is used up
+
+    @property
+    def progress(self) -> float:
+        """Training progress within the stage, 0 at the first step and 1 at the last."""
+        return max(self.t / max(1, self.steps - 1), self.late)
+
+
+class Stage(NamedTuple):
+    """One stage of a method. steps: its length. pool: which of several data pools it reads, '' for the only one."""
+
+    steps: int
+    name: str = ""
+    pool: str = ""
+
+
+class Method(Protocol):
+    """What the loop asks of a training method. Optional besides `step`: setup(nets, probe), stages(nets, steps),
+    after(nets, player, clock) and optimizers() with the paper's default optimiser of each player."""
+
+    def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
+        """Yield (player, loss or parts) for each turn on one batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how to train.
+
+    steps: optimiser steps (a method may share them out over stages). optimizer: default for every player.
+    optimizers: by player (or its root name), before the method's own defaults. schedule: of the learning rate.
+    accumulate: micro-batches a step. clip: largest gradient norm of a player. precision: "fp32", "bf16" or "fp16"
+    autocast. ema: decay of an average of each trained network, used for validation and as the result. max_minutes:
+    stop then, and count progress by time. validate_every, save_every, log_every: in steps; 0 is never (the log: first
+    and last step). select: name of the validation metric by which the best weights are kept, '' for the last.
+    """
+
+    steps: int
+    optimizer: Any = field(default_factory=lambda: {"adam": {"lr": 1e-3}})
+    optimizers: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Any = "constant"
+    accumulate: int = 1
+    clip: float | None = None
+    precision: str = "fp32"
+    ema: float | None = None
+    max_minutes: float | None = None
+    validate_every: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    select: str = ""
+    maximise: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise BadInput(f"`precision` must be fp32, bf16 or fp16, got {self.precision!r}")
+
+
+@dataclass
+class Fitted:
+    """What came out. turns: (stage, t, player, {part: value}) of every logged turn. validations: (stage, t, metrics)."""
+
+    nets: Nets
+    turns: list[tuple[int, int, str, dict[str, float]]]
+    validations: list[tuple[int, int, dict[str, float]]]
+    steps: int
+    seconds: float
+    best: dict[str, float] | None = None
+
+
+Validate = Callable[[Nets], dict[str, float]]
+
+
+def fit(
+    method: Method,
+    nets: Nets,
+    data: Iterable[Batch] | Mapping[str, Iterable[Batch]],
+    plan: Plan,
+    *,
+    validate: Validate | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Fitted:
+    """Train `nets` by `method` on `data` (or pools of data by name), for `plan.steps` optimiser steps.
+
+    folder: where log.jsonl and checkpoints go; without it nothing is written. resume: go on from the newest whole
+    checkpoint there; method, networks and data must be built as they were at first. Raises Interrupted after SIGTERM
+    or Ctrl-C, with the state saved.
+    """
+    return _Run(method, nets, data, plan, validate, folder, on_event, accelerator or Accelerator()).go(resume)
+
+
+class _Run:
+    def __init__(
+        self,
+        method: Method,
+        nets: Nets,
+        data: Iterable[Batch] | Mapping[str, Iterable[Batch]],
+        plan: Plan,
+        validate: Validate | None,
+        folder: Path | None,
+        on_event: Callable[[dict[str, Any]], None] | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.method, self.nets, self.plan, self.validate = method, nets, plan, validate
+        self.folder, self.on_event, self.accelerator = folder, on_event, accelerator
+        self.pools: dict[str, Iterable[Batch]] = dict(data) if isinstance(data, Mapping) else {"": data}
+        self.world, self.main = accelerator.num_processes, accelerator.is_main_process
+        self.defaults: dict[str, Any] = method.optimizers() if hasattr(method, "optimizers") else {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.emas: dict[str, Ema] = {}
+        self.best: tuple[float, dict[str, float], dict[str, Any]] | None = None
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=plan.precision == "fp16")
+        self.done, self.before, self.began = 0, 0.0, time.monotonic()
+        self.fitted = Fitted(nets, [], [], 0, 0.0)
+        self.signal = 0
+        self.prepared: set[int] = set()
+
+    # ---- the run as a whole ----------------------------------------------------------------------------------------
+    def go(self, resume: bool) -> Fitted:
+        seed = self.plan.seed + self.accelerator.process_index
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        self.nets.to(self.accelerator.device)
+        probe, self.pools = self._peek()
+        if hasattr(self.method, "setup"):
+            self.method.setup(self.nets, probe)
+        self.initial = {name: id(module) for name, module in self.nets.modules.items() if name in self.nets.frozen}
+        self.prints = {n: checkpoint.fingerprint(self.nets.modules[n]) for n in self.initial} if self.folder else {}
+        state = self._find_checkpoint() if resume else None
+        with ExitStack() as stack:
+            stack.enter_context(self._signals())
+            self.log = stack.enter_context(self._open_log(state))
+            for index, stage in enumerate(self._stages()):
+                if state is not None and index < state["stage"]:
+                    continue
+                start = 0
+                if state is not None:
+                    start = self._restore(state)
+                    state = None
+                self._stage(index, stage, start)
+        self.fitted.steps, self.fitted.seconds = self.done, self._elapsed()
+        return self.fitted
+
+    def _stages(self) -> Iterator[Stage]:
+        if not hasattr(self.method, "stages"):
+            yield Stage(self.plan.steps)
+            return
+        for stage in self.method.stages(self.nets, self.plan.steps):
+            yield stage if isinstance(stage, Stage) else Stage(int(stage))
+
+    def _stage(self, index: int, stage: Stage, start: int) -> None:
+        if start == 0:  # each stage starts with its own optimisers, averages and selection
+            self.optimizers, self.emas, self.best = {}, {}, None
+        if stage.pool not in self.pools:
+            raise BadInput(f"stage {index} reads the data pool {stage.pool!r}, there is {', '.join(self.pools)}")
+        pool = self.pools[stage.pool]
+        batches = iter(pool)
+        shard.prepare(self.nets, self.accelerator, self.prepared)
+        t, plan = start, self.plan
+        while t < stage.steps and self._late() < 1:
+            self.nets.train()
+            micro = [self._to_device(next(batches)) for _ in range(plan.accumulate)]
+            clock = Clock(t, stage.steps, index, getattr(pool, "epoch", 0), self._late())
+            self._step(micro, clock)
+            t, self.done = t + 1, self.done + 1
+            last = t == stage.steps or self._late() >= 1
+            if self.validate and (last or (plan.validate_every and t % plan.validate_every == 0)):
+                self._validate(index, t)
+            if self._stop_asked(t):
+                where = self._save(index, t)
+                raise Interrupted(str(where or "nowhere: no folder was given"))
+            if self.folder and plan.save_every and t % plan.save_every == 0 and not last:
+                self._save(index, t)
+        self._close_stage()
+
+    def _close_stage(self) -> None:
+        """The stage's result: the best weights by validation, else the average, else the last."""
+        if self.best is not None:
+            _, self.fitted.best, weights = self.best
+            for player, state in weights.items():
+                shard.load(self.nets.find(player), state)
+        else:
+            for player, ema in self.emas.items():
+                self.nets.find(player).load_state_dict(ema.shadow)
+
+    # ---- one optimiser step ----------------------------------------------------------------------------------------
+    def _step(self, micro: list[Batch], clock: Clock) -> None:
+        began = time.monotonic()
+        generators = [self.method.step(self.nets, batch, clock) for batch in micro]
+        while (turn := self._backward(generators)) is not None:
+            player, parts = turn
+            params = self.nets.params(player)
+            keep = {id(p) for p in params}
+            for module in self.nets.modules.values():
+                for p in module.parameters():
+                    if p.grad is not None and id(p) not in keep:
+                        p.grad = None
+            optimizer = self._optimizer(player, params)
+            factor = schedule.rate(self.plan.schedule, clock.progress)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            if self.world > 1:
+                shard.sum_gradients(params)
+            if self.plan.clip is not None:
+                self.scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(params, self.plan.clip)
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if self.plan.ema is not None:
+                if player not in self.emas:
+                    self.emas[player] = Ema(self.nets.find(player), self.plan.ema)
+                self.emas[player].update(self.nets.find(player))
+            if hasattr(self.method, "after"):
+                self.method.after(self.nets, player, clock)
+            self._log_turn(player, parts, clock, optimizer, began)
+
+    def _backward(self, generators: list[Iterator[Turn]]) -> tuple[str, dict[str, Tensor]] | None:
+        """Advance every micro-batch by one yield and leave the gradient of the mean over all of them in .grad.
+
+        Not `backward(inputs=...)`: under FSDP2 the sharded parameters are outside the graph and silently miss it.
+        """
+        turns: list[tuple[str, dict[str, Part]]] = []
+        sums: _Sums | None = None
+        for generator in generators:
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16 if self.plan.precision == "bf16" else torch.float16, enabled=self.plan.precision != "fp32"):
+                move = next(generator, None)
+            if move is None:
+                if turns:
+                    raise LimbeckError("the micro-batches of one step took different turns")
+                return None
+            player, parts = move[0], _parts(move[1])
+            turns.append((player, parts))
+            if len(generators) == 1:
+                counts = {name: self._global(part.count) for name, part in parts.items()}
+                loss = sum((_divided(part, counts[name]) for name, part in parts.items()), torch.zeros(()))
+                self.scaler.scale(loss * shard.factor(self.accelerator)).backward()  # type: ignore[no-untyped-call]
+                return player, {n: _divided(p, counts[n]).detach() for n, p in parts.items()}
+            if player != turns[0][0]:
+                raise LimbeckError(f"micro-batches yielded {turns[0][0]!r} and {player!r} in one turn")
+            sums = sums or _Sums(self.nets.params(player), parts)
+            sums.add(parts, lambda x: self.scaler.scale(x * shard.factor(self.accelerator)))
+        assert sums is not None
+        return turns[0][0], sums.finish(self._global)
+
+    def _global(self, count: Tensor | int) -> Tensor | int:
+        """A count over all processes, at least 1."""
+        if self.world > 1:
+            count = torch.as_tensor(count, device=self.accelerator.device, dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32)
+            count = self.accelerator.reduce(count, reduction="sum")
+        return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+    def _optimizer(self, player: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if player not in self.optimizers:
+            root = player.split(".")[0]
+            for choice in (self.plan.optimizers, self.defaults):
+                spec = choice.get(player, choice.get(root))
+                if spec is not None:
+                    break
+            if not params:
+                raise LimbeckError(f"the method yields {player!r}, which has no trainable parameters")
+            self.optimizers[player] = optim.build(spec or self.plan.optimizer, params)
+        return self.optimizers[player]
+
+    # ---- validation, log, time -------------------------------------------------------------------------------------
+    def _validate(self, stage: int, t: int) -> None:
+        assert self.validate is not None
+        with ExitStack() as stack, torch.no_grad():
+            for player, ema in self.emas.items():
+                stack.enter_context(ema.swapped(self.nets.find(player)))
+            for module in self.nets.modules.values():
+                module.eval()
+            with torch.random.fork_rng():  # looking must not change what follows
+                metrics = self.validate(self.nets)
+            score = metrics.get(self.plan.select, math.nan) * (1 if self.plan.maximise else -1)
+            if self.plan.select and not math.isnan(score) and (self.best is None or score > self.best[0]):
+                weights = {
+                    player: {k: v.detach().cpu().clone() for k, v in shard.full(self.nets.find(player)).items()}
+                    for player in self.optimizers
+                }
+                self.best = (score, metrics, weights)
+        self.nets.train()
+        self.fitted.validations.append((stage, t, metrics))
+        self._write({"t": t, "stage": stage, "validation": metrics})
+
+    def _log_turn(
+        self, player: str, parts: dict[str, Tensor], clock: Clock, optimizer: torch.optim.Optimizer, began: float
+    ) -> None:
+        every = self.plan.log_every
+        if not (clock.t == 0 or clock.t == clock.steps - 1 or (every and clock.t % every == 0)):
+            return  # reading a loss waits for the device: only when it is wanted
+        values = {name: float(value) for name, value in parts.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise LimbeckError(
+                    f"part {name!r} of {player!r} became {value} at step {clock.t}; "
+                    "lower its learning rate or weight, clip gradients, or train in fp32"
+                )
+        self.fitted.turns.append((clock.stage, clock.t, player, values))
+        line = {"t": clock.t, "stage": clock.stage, "player": player, "loss": sum(values.values()), "parts": values}
+        self._write({**line, "lr": optimizer.param_groups[0]["lr"], "seconds": round(self._elapsed(), 3), "steps": clock.steps})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        if self.log is not None:
+            self.log.write(json.dumps(line) + "\n")
+            self.log.flush()
+        if self.accelerator.trackers and "parts" in line:
+            self.accelerator.log({f"{line['player']}/{k}": v for k, v in line["parts"].items()}, step=self.done)
+        if self.on_event is not None:
+            self.on_event(line)
+
+    def _open_log(self, state: dict[str, Any] | None) -> Any:
+        if self.folder is None or not self.main:
+            return nullcontext()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "log.jsonl"
+        if state is not None and path.exists():
+            with path.open("r+b") as file:  # what was logged after the checkpoint will be logged again
+                file.truncate(min(state["log"], path.stat().st_size))
+        return path.open("a" if state is not None else "w")
+
+    def _elapsed(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def _late(self) -> float:
+        return self._elapsed() / 60 / self.plan.max_minutes if self.plan.max_minutes else 0.0
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+    def _peek(self) -> tuple[Batch, dict[str, Iterable[Batch]]]:
+        """One batch of the first pool, without using it up."""
+        name, first = next(iter(self.pools.items()))
+        pools = dict(self.pools)
+        batches = iter(first)
+        try:
+            probe = next(batches)
+        except StopIteration:
+            raise BadInput("the training data is empty") from None
+        if hasattr(first, "load_state_dict"):
+            first.load_state_dict({"position": 0})
+        elif batches is first:
+            pools[name] = chain([probe], batches)
+        return self._to_device(probe) | {"examples": len(getattr(first, "table", ()))}, pools
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    # ---- interruption, saving, resuming ----------------------------------------------------------------------------
+    def _signals(self) -> ExitStack:
+        """Note SIGTERM and Ctrl-C, to be served between steps; a second one is served at once."""
+        stack = ExitStack()
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            self.signal = number
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                old = signal.signal(number, note)
+            except ValueError:  # not in the main thread: its owner deals with signals
+                break
+            stack.callback(signal.signal, number, old)
+        return stack
+
+    def _stop_asked(self, t: int) -> bool:
+        if self.world > 1:
+            if t % max(1, self.plan.log_every):
+                return False  # processes agree only now and then: it costs a collective
+            asked = torch.tensor(float(self.signal), device=self.accelerator.device)
+            return bool(self.accelerator.reduce(asked, reduction="sum"))
+        return bool(self.signal)
+
+    def _save(self, stage: int, t: int) -> Path | None:
+        if self.folder is None:
+            return None
+        nets = self.nets
+        whole = [n for n in nets.modules if self.initial.get(n) != id(nets.modules[n])]
+        tree = {
+            "stage": stage,
+            "t": t,
+            "done": self.done,
+            "elapsed": self._elapsed(),
+            "log": self.log.tell() if self.log else 0,
+            "nets": {n: shard.full(nets.modules[n]) for n in whole},
+            "frozen": {n: p for n, p in self.prints.items() if n not in whole},
+            "optimizers": {p: shard.full_optimizer(o) for p, o in self.optimizers.items()},
+            "emas": {p: e.shadow for p, e in self.emas.items()},
+            "best": self.best,
+            "data": {name: pool.state_dict() for name, pool in self.pools.items() if hasattr(pool, "state_dict")},
+            "rng": shard.gather_objects(_rng()),
+            "scaler": self.scaler.state_dict(),
+            "turns": self.fitted.turns,
+            "validations": self.fitted.validations,
+        }
+        return checkpoint.save(self.folder / "checkpoints", self.done, tree) if self.main else self.folder
+
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        if self.folder is None:
+            raise BadInput("resuming needs the run's folder")
+        found = checkpoint.latest(self.folder / "checkpoints")
+        return found[0] if found else None
+
+    def _restore(self, state: dict[str, Any]) -> int:
+        nets = self.nets
+        for name, print_ in state["frozen"].items():
+            if self.prints.get(name) != print_:
+                raise BadCheckpoint(f"the checkpoint was made with another {name!r} network than the one given now")
+        shard.prepare(nets, self.accelerator, self.prepared)
+        for name, weights in state["nets"].items():
+            if name not in nets:
+                raise BadCheckpoint(f"the checkpoint holds a network {name!r} that this method does not have")
+            shard.load(nets.modules[name], weights)
+        for player, saved in state["optimizers"].items():
+            shard.load_optimizer(self._optimizer(player, nets.params(player)), saved)
+        for player, shadow in state["emas"].items():
+            self.emas[player] = Ema(nets.find(player), self.plan.ema or 0.0)
+            self.emas[player].shadow = shadow
+        self.best = state["best"]
+        for name, position in state["data"].items():
+            self.pools[name].load_state_dict(position)  # type: ignore[attr-defined]
+        for name, pool in self.pools.items():
+            if name not in state["data"]:
+                batches = iter(pool)
+                for _ in range(state["done"] * self.plan.accumulate):
+                    next(batches)
+                self.pools[name] = batches
+        self.scaler.load_state_dict(state["scaler"])
+        self.done, self.before, self.began = state["done"], state["elapsed"], time.monotonic()
+        self.fitted.turns = [(s, t, p, v) for s, t, p, v in state["turns"]]
+        self.fitted.validations = [(s, t, m) for s, t, m in state["validations"]]
+        _set_rng(state["rng"][min(self.accelerator.process_index, len(state["rng"]) - 1)])
+        return int(state["t"])
+
+
+class _Sums:
+    """Exact means over several micro-batches whose parts count different things (tokens, examples, batches).
+
+    Parts that share one count are summed in one backward pass; each further kind of count costs a pass and a buffer.
+    """
+
+    def __init__(self, params: list[nn.Parameter], parts: Mapping[str, Part]) -> None:
+        self.params = params
+        groups: dict[Any, list[str]] = {}
+        for name, part in parts.items():
+            groups.setdefault(part.key, []).append(name)
+        self.groups = list(groups.values())
+        self.references = [_floor(parts[names[0]].count) for names in self.groups]  # keeps sums in fp16's range
+        self.grads: list[list[Tensor | None]] = [[None] * len(params) for _ in self.groups]
+        self.counts: list[list[Tensor | int]] = [[] for _ in self.groups]
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, parts: Mapping[str, Part], scale: Callable[[Tensor], Tensor]) -> None:
+        """Backward of one micro-batch."""
+        for g, names in enumerate(self.groups):
+            total = sum((parts[n].weight * parts[n].total for n in names), torch.zeros(())) / self.references[g]
+            scale(total).backward(retain_graph=g + 1 < len(self.groups))
+            self.counts[g].append(parts[names[0]].count)
+            for n in names:
+                self.totals[n] = self.totals.get(n, 0) + (parts[n].weight * parts[n].total).detach()  # type: ignore[operator]
+            if len(self.groups) > 1:
+                for i, p in enumerate(self.params):
+                    if p.grad is not None:
+                        held = self.grads[g][i]
+                        self.grads[g][i] = p.grad if held is None else held + p.grad
+                        p.grad = None
+
+    def finish(self, over_processes: Callable[[Tensor | int], Tensor | int]) -> dict[str, Tensor]:
+        """Leave the gradient of the mean in .grad; the means of the parts are returned."""
+        counts = [over_processes(sum(c)) for c in self.counts]
+        for i, p in enumerate(self.params):
+            if len(self.groups) == 1:
+                if p.grad is not None:
+                    p.grad *= self.references[0] / counts[0]
+                continue
+            pieces = [grads[i] * (r / n) for grads, r, n in zip(self.grads, self.references, counts, strict=True) if grads[i] is not None]  # type: ignore[operator]
+            p.grad = torch.stack(pieces).sum(0) if pieces else None
+        return {n: self.totals[n] / counts[g] for g, names in enumerate(self.groups) for n in names}
+
+
+def _floor(count: Tensor | int) -> Tensor | int:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _divided(part: Part, count: Tensor | int) -> Tensor:
+    return part.weight * part.total / count
+
+
+def _parts(loss: Parts) -> dict[str, Part]:
+    named = loss if isinstance(loss, Mapping) else {"loss": loss}
+    return {name: part if isinstance(part, Part) else mean(part) for name, part in named.items()}
+
+
+def _rng() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    kind, keys, pos, has, cached = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(pos), int(has), float(cached)],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, pos, has, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

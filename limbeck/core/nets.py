@@ -1,0 +1,138 @@
+"""Named networks. Whoever a method yields is trained; everyone else stays bit for bit the same."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.errors import BadInput, nearest
+from limbeck.core.taps import Taps
+
+Batch = dict[str, Any]
+
+
+def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a network on a batch and name what it returns: {"logits": ..., "feats": [...], ...}, without prefix.
+
+    A tensor is taken as logits, a mapping as named tensors. A module that lists `reads = ("inputs", "edges")` gets
+    those entries of the batch; a transformers model gets its main input and the attention mask; others get `inputs`.
+    """
+    reads = getattr(module, "reads", None)
+    config = getattr(module, "config", None)
+    if reads is not None:
+        out = module(*[batch[name] for name in reads])
+    elif config is not None and hasattr(module, "main_input_name"):
+        extra = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        out = module(**{module.main_input_name: batch["inputs"]}, **extra, output_hidden_states=True)
+    else:
+        out = module(batch["inputs"])
+    if isinstance(out, Tensor):
+        return {"logits": out}
+    if hasattr(out, "hidden_states") and out.hidden_states is not None:
+        hidden = list(out.hidden_states)
+        return {**{k: v for k, v in out.items() if k == "logits"}, "feats": hidden[1:], "hidden": hidden[-1]}
+    if isinstance(out, Mapping):
+        return dict(out)
+    if hasattr(out, "logits"):
+        return {"logits": out.logits}
+    raise BadInput(
+        f"{type(module).__name__} returns {type(out).__name__}; a network must return a tensor of logits or a dict of "
+        "named tensors such as {'logits': ..., 'feats': [...]}"
+    )
+
+
+class Nets:
+    """A namespace of modules: `nets.student`, `nets.peers[0]`; assign to add one, such as a copy made in `setup`.
+
+    frozen: roots that are in eval mode, ask for no gradient and run under no_grad in `run`; every name that starts
+    with "teacher" is frozen from the start. companions: player -> other roots whose parameters train with it (the
+    projectors of losses). factories: name -> how to build a fresh, randomly initialised network. taps: root -> Taps.
+    """
+
+    modules: dict[str, nn.Module]
+    frozen: set[str]
+    companions: dict[str, list[str]]
+    factories: dict[str, Callable[[], nn.Module]]
+    taps: dict[str, Taps]
+    device: torch.device
+
+    _OWN = frozenset({"modules", "frozen", "companions", "factories", "taps", "device"})
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self.modules, self.frozen, self.companions, self.factories, self.taps = {}, set(), {}, {}, {}
+        self.device = torch.device("cpu")
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("modules", {})
+        if name not in modules:
+            raise AttributeError(f"there is no network {name!r}{nearest(name, modules)}")
+        return modules[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+            return
+        self.modules[name] = value.to(self.device) if isinstance(value, nn.Module) else value
+        if name.startswith("teacher"):
+            self.freeze(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def find(self, player: str) -> nn.Module:
+        """The module behind a player's name: "student", "peers.0"."""
+        root, _, rest = player.partition(".")
+        module: nn.Module = getattr(self, root)
+        for part in filter(None, rest.split(".")):
+            module = module[int(part)] if part.isdigit() else getattr(module, part)  # type: ignore[index]
+        return module
+
+    def params(self, player: str) -> list[nn.Parameter]:
+        """Trainable parameters of a player and its companions, each once."""
+        modules = [self.find(player), *(self.find(c) for c in self.companions.get(player, ()))]
+        return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
+
+    def freeze(self, *roots: str) -> None:
+        """Eval mode, no gradients, and never trained unless a method thaws it."""
+        for root in roots:
+            self.frozen.add(root)
+            self.modules[root].eval().requires_grad_(False)
+
+    def thaw(self, *roots: str) -> None:
+        """Undo `freeze`."""
+        for root in roots:
+            self.frozen.discard(root)
+            self.modules[root].train().requires_grad_(True)
+
+    def fresh(self, name: str) -> nn.Module:
+        """A new network with random weights from the global generator; it is not registered."""
+        if name not in self.factories:
+            raise BadInput(f"nobody said how to build a fresh {name!r}{nearest(name, self.factories)}")
+        return self.factories[name]().to(self.device)
+
+    def run(self, player: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs of a network on a batch, with its taps, by name and without prefix; no gradient when frozen."""
+        root = player.partition(".")[0]
+        grad = torch.is_grad_enabled() and root not in self.frozen
+        with torch.set_grad_enabled(grad):
+            out = outputs(self.find(player), batch)
+        if player in self.taps:
+            out |= self.taps[player].read()
+        return out
+
+    def train(self) -> None:
+        """Training mode for all but the frozen."""
+        for name, module in self.modules.items():
+            module.train(name not in self.frozen)
+
+    def to(self, device: torch.device) -> None:
+        """Move every network."""
+        self.device = device
+        for module in self.modules.values():
+            module.to(device)

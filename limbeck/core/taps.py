@@ -1,0 +1,88 @@
+"""Reads inner activations by module path through forward hooks; the model itself is not changed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from limbeck.core.errors import BadInput, nearest
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+def find_layer(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path. Raises BadInput naming the nearest paths, or the model's layers."""
+    layers = dict(unwrap(module).named_modules())
+    if path and path in layers:
+        return layers[path]
+    paths = [p for p in layers if p]
+    hint = nearest(path, paths)
+    if not hint:
+        top = [p for p in paths if p.count(".") == 0 or (p.count(".") == 1 and p.rsplit(".", 1)[1].isdigit())]
+        hint = "; it has: " + ", ".join(top[:40])
+    raise BadInput(f"{type(unwrap(module)).__name__} has no layer {path!r}{hint}")
+
+
+def spread(student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+    """Pairs (student index, teacher index) that spread the student's layers evenly over the teacher's, last on last."""
+    return [(i, (i + 1) * teacher_depth // student_depth - 1) for i in range(student_depth)]
+
+
+class Taps:
+    """Records what chosen layers return in the latest forward pass.
+
+    paths: name -> one path (a tensor) or several (a list, shallow to deep), such as {"feats": ["layer1", "layer2"]}.
+    A layer that returns a tuple gives its first element. Works on plain, DDP, FSDP2 and compiled modules, since the
+    hooks sit on the inner layers; register before `torch.compile`.
+    """
+
+    def __init__(self, module: nn.Module, paths: Mapping[str, str | Sequence[str]]) -> None:
+        self.paths = {name: [p] if isinstance(p, str) else list(p) for name, p in paths.items()}
+        self.single = {name for name, p in paths.items() if isinstance(p, str)}
+        self._seen: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        for path in {p for group in self.paths.values() for p in group}:
+            self._handles.append(find_layer(module, path).register_forward_hook(self._hook(path)))
+
+    def _hook(self, path: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._seen[path] = output[0] if isinstance(output, (tuple, list)) else output
+
+        return keep
+
+    def read(self) -> dict[str, Any]:
+        """What the latest forward pass showed, and forget it, so that no graph is kept alive."""
+        missing = [p for group in self.paths.values() for p in group if p not in self._seen]
+        if missing:
+            raise BadInput(f"layer {missing[0]!r} was not reached in the forward pass, so it cannot be matched")
+        out = {
+            name: self._seen[group[0]] if name in self.single else [self._seen[p] for p in group]
+            for name, group in self.paths.items()
+        }
+        self._seen.clear()
+        return out
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> "Taps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)

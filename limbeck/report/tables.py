@@ -1,0 +1,57 @@
+"""The same summary for a terminal and as Markdown: gain, interval, parameters, latency, seconds."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from limbeck.report import costs, numerals
+from limbeck.report.runs import Run, read_all
+
+COLOURS = {"helped": "bold green", "did not help": "bold red", "cannot tell": "bold yellow"}
+
+
+def terminal(runs: Sequence[Path]) -> Table:
+    """One row a run. Everything from a run is a `Text`, so that nothing in a name is taken for markup."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("run", overflow="fold", ratio=3)
+    table.add_column("gain", overflow="fold", ratio=3)
+    table.add_column("95 % interval", overflow="fold", ratio=3)
+    for name in ("parameters", "latency", "seconds"):
+        table.add_column(name, justify="right", overflow="fold", ratio=2)
+    for run in read_all(runs):
+        shown = Text(costs.gain(run))
+        if run.state:
+            shown = Text(f"{run.state}\n", style=COLOURS[run.state]) + Text(costs.gain(run), style="none")
+        name = Text(run.name, style="bold")
+        if run.metric:
+            name += Text(f"\n{run.do + ': ' if run.do else ''}{numerals.pretty(run.metric)}", style="dim not bold")
+        table.add_row(name, shown, Text(costs.interval(run)), *(Text(t) for t in cost(run)))
+    return table
+
+
+def cost(run: Run) -> tuple[str, str, str]:
+    seconds = numerals.ABSENT if run.seconds is None else f"{run.seconds:,.1f}"
+    return costs.saved(run).replace(" (", "\n("), costs.speed(run).replace(" (", "\n("), seconds
+
+
+def markdown(runs: Sequence[Path]) -> str:
+    """A table with a row a run, then each verdict as a sentence."""
+    read = read_all(runs)
+    head = ("run", "gain", "95 % interval", "parameters", "latency", "seconds")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|--:|--:|--:|"]
+    for run in read:
+        what = f"{costs.gain(run)}, {numerals.pretty(run.metric)} ({run.state})" if run.state else costs.gain(run)
+        cells = (run.name, what, costs.interval(run), *(t.replace("\n", " ") for t in cost(run)))
+        lines.append("| " + " | ".join(map(inert, cells)) + " |")
+    lines += ["", *(f"- **{inert(run.name)}**: {inert(run.verdict)}" for run in read)]
+    return "\n".join(lines) + "\n"
+
+
+def inert(text: str) -> str:
+    """Text that Markdown shows as it stands: on one line, with what it would take for markup escaped."""
+    flat = " ".join(text.split("\n")).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", flat)

@@ -63,7 +63,7 @@ generated: .venv/test.stamp
 	$(one_thread) $(bin)/python -m limbeck.catalogue --check
 
 docs: .venv/test.stamp
-	$(one_thread) $(bin)/mkdocs build --strict --quiet
+	$(one_thread) NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(bin)/mkdocs build --strict --quiet
 
 # --- now and then ---
 

@@ -103,6 +103,8 @@ class Expect(_Strict):
     metric: str
     beats: str = "control"
     seeds: int = Field(5, gt=0)
+    published: float | None = Field(None, description="the paper's figure in this protocol")
+    within: float | None = Field(None, gt=0, description="how near counts as reproduced")
 
 
 class Recipe(_Strict):
@@ -304,4 +306,4 @@ def _place(items: list[Any], part: str, override: str) -> int:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, without what was left at its default."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)
+    return yaml.safe_dump({"name": recipe.name, "do": recipe.do, **recipe.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False, width=120)

@@ -18,7 +18,7 @@ import numpy as np
 
 from limbeck.core.errors import BadInput, MissingExtra, nearest
 
-__all__ = ["IMAGES", "Raw", "from_rows", "read", "rows_of"]
+__all__ = ["SPLITS", "Raw", "from_rows", "join", "read", "rows_of", "stream_files"]
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -53,7 +53,13 @@ class Raw:
         """The examples at `keep`, in that order."""
 
         def pick(values: Any) -> Any:
-            return values if values is None else values[keep] if isinstance(values, np.ndarray) else [values[i] for i in keep]
+            return (
+                values
+                if values is None
+                else values[keep]
+                if isinstance(values, np.ndarray)
+                else [values[i] for i in keep]
+            )
 
         extra = {name: pick(values) for name, values in self.extra.items()}
         return Raw(self.kind, pick(self.inputs), pick(self.labels), self.classes, extra, pick(self.rows))
@@ -85,11 +91,17 @@ def _open(path: Path) -> Iterator[TextIO]:
             import zstandard
         except ImportError:
             raise MissingExtra("zstandard", "text") from None
-        with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as raw:
-            yield io.TextIOWrapper(raw, encoding="utf-8", newline="")
+        try:
+            with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as raw:
+                yield io.TextIOWrapper(raw, encoding="utf-8", newline="")
+        except zstandard.ZstdError as error:
+            raise BadInput(f"{path} is torn or no zstandard file: {error}") from None
     elif path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-            yield file
+        try:
+            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+                yield file
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise BadInput(f"{path} is torn or no gzip file: {error}") from None
     else:
         with path.open(encoding="utf-8", newline="") as file:
             yield file
@@ -117,6 +129,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                     if row.pop("", None):
                         raise BadInput(f"{path}:{number} has more cells than the header line has names")
                     yield row
+            elif kind in (".txt", ".text"):
+                yield from ({"text": line.rstrip("\r\n")} for line in file)
             elif kind == ".json":
                 whole = json.load(file)
                 yield from whole if isinstance(whole, list) else whole["data"]
@@ -136,7 +150,9 @@ def _lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise BadInput(f"{path}:{number} is not JSON: {error.msg} at column {error.colno}") from None
             if not isinstance(row, dict):
-                raise BadInput(f"{path}:{number} must be an object like {{\"text\": ..., \"label\": ...}}, got {line[:40]!r}")
+                raise BadInput(
+                    f'{path}:{number} must be an object like {{"text": ..., "label": ...}}, got {line[:40]!r}'
+                )
             yield row
 
 
@@ -242,7 +258,9 @@ def _npz(path: Path, inputs: str | None, labels: str | None) -> dict[str, Raw]:
         y = y.reshape(len(y)) if y is not None and y.ndim == 2 and y.shape[1] == 1 else y
         out[name] = Raw("images" if x.ndim in (3, 4) else "vectors", x, y)
     if not out:
-        raise BadInput(f"{path} has no inputs; expected keys like x, y or train_x, train_y, test_x, got {', '.join(arrays)}")
+        raise BadInput(
+            f"{path} has no inputs; expected keys like x, y or train_x, train_y, test_x, got {', '.join(arrays)}"
+        )
     return out
 
 
@@ -269,7 +287,9 @@ def read(
     """
     if path.is_dir():
         split_folders = {SPLITS[p.name.lower()]: p for p in path.iterdir() if p.is_dir() and p.name.lower() in SPLITS}
-        found = {name: _class_folders(folder) for name, folder in split_folders.items()} or {"all": _class_folders(path)}
+        found = {name: _class_folders(folder) for name, folder in split_folders.items()} or {
+            "all": _class_folders(path)
+        }
         pictures = {name: raw for name, raw in found.items() if raw is not None}
         if pictures:
             return pictures
@@ -302,6 +322,18 @@ def _files(folder: Path, variant: str | None) -> list[tuple[str | None, Path]]:
     return groups[chosen]
 
 
+def stream_files(path: Path, variant: str | None, part: str) -> list[Path]:
+    """The row files of one split, to be read one after the other."""
+    files = _files(path, variant) if path.is_dir() else [(None, path)]
+    chosen = [file for split, file in files if split == part] or [file for split, file in files if split is None]
+    for file in chosen:
+        if suffix(file) not in (*TABLES, ".txt", ".text"):
+            raise BadInput(f"{file} cannot be streamed; expected {', '.join((*TABLES, '.txt'))}")
+    if not chosen:
+        raise BadInput(f"{path} has no {part} files; it has {', '.join(sorted({str(split) for split, _ in files}))}")
+    return chosen
+
+
 def _file(path: Path, inputs: str | list[str] | None, labels: str | None) -> dict[str, Raw]:
     kind = suffix(path)
     if kind == ".npz":
@@ -317,7 +349,9 @@ def _file(path: Path, inputs: str | list[str] | None, labels: str | None) -> dic
     told = [SPLITS.get(str(row.get("split", "")).lower()) for row in rows]
     if not rows or None in told:
         return {"all": raw}
-    return {name: raw.take([i for i, t in enumerate(told) if t == name]) for name in dict.fromkeys(t for t in told if t)}
+    return {
+        name: raw.take([i for i, t in enumerate(told) if t == name]) for name in dict.fromkeys(t for t in told if t)
+    }
 
 
 def join(raws: Iterable[Raw], where: str) -> Raw:

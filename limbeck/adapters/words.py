@@ -12,7 +12,7 @@ from torch import Tensor
 from limbeck.core.batches import Tokenizer
 from limbeck.core.errors import BadInput, MissingExtra
 
-__all__ = ["Chars", "Hashed", "Pretrained", "Words", "blocks", "make", "padded"]
+__all__ = ["Bytes", "Chars", "Hashed", "Pretrained", "Words", "blocks", "make", "padded"]
 
 PAD, UNKNOWN = 0, 1
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -63,6 +63,18 @@ class Hashed:
         return " ".join(f"#{i}" for i in ids if i != PAD)
 
 
+class Bytes:
+    """The 256 bytes of UTF-8, counted from 1; id 0 pads. Needs to see no text beforehand and loses nothing."""
+
+    size = 257
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + byte for byte in text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i - 1 for i in ids if i != PAD).decode(errors="replace")
+
+
 class Pretrained:
     """A tokenizer of the transformers library, from a local folder or a hub name; `pad` is its own padding id."""
 
@@ -86,7 +98,7 @@ class Pretrained:
 
 
 def make(name: str | None, texts: Iterable[str], *, size: int, language: bool) -> Tokenizer:
-    """The tokenizer that a recipe names: chars, words, hash, or a transformers tokenizer by folder or hub name.
+    """The tokenizer that a recipe names: chars, words, bytes, hash, or a transformers tokenizer by folder or hub name.
 
     texts: the training texts, from which chars and words take their symbols. language: default to chars instead of
     words, as small language models do.
@@ -98,15 +110,22 @@ def make(name: str | None, texts: Iterable[str], *, size: int, language: bool) -
         return Words(texts, size)
     if name == "hash":
         return Hashed(size)
+    if name == "bytes":
+        return Bytes()
     if "/" in name or Path(name).exists():
         return Pretrained(name)
-    raise BadInput(f"no tokenizer {name!r}; known: chars, words, hash, or a folder or hub name such as org/model")
+    raise BadInput(
+        f"no tokenizer {name!r}; known: chars, words, bytes, hash, or a folder or hub name such as org/model"
+    )
 
 
-def padded(tokenizer: Tokenizer, texts: Iterable[str], length: int) -> dict[str, Tensor]:
-    """Texts for classification: inputs [N, T <= length] cut or padded at the end, attention_mask [N, T] of real tokens."""
+def padded(tokenizer: Tokenizer, texts: Iterable[str], length: int, *, fixed: bool = False) -> dict[str, Tensor]:
+    """Texts for classification: inputs [N, T] cut or padded at the end, attention_mask [N, T] true at real tokens.
+
+    T is the longest text's length and at most `length`; with `fixed`, it is `length`.
+    """
     ids = [tokenizer.encode(text)[:length] or [UNKNOWN] for text in texts]
-    width = max(map(len, ids), default=1)
+    width = length if fixed else max(map(len, ids), default=1)
     inputs = torch.full((len(ids), width), getattr(tokenizer, "pad", PAD), dtype=torch.long)
     attention = torch.zeros(len(ids), width, dtype=torch.bool)
     for row, tokens in enumerate(ids):

@@ -51,11 +51,17 @@ class Clock:
 
 
 class Stage(NamedTuple):
-    """One stage of a method. steps: its length. pool: which of several data pools it reads, '' for the only one."""
+    """One stage of a method.
+
+    steps: its length. pool: which of several data pools it reads, '' for the only one. until: the share of a time limit
+    that is used up when it ends. validated: whether the network that validation looks at learns in this stage.
+    """
 
     steps: int
     name: str = ""
     pool: str = ""
+    until: float = 1.0
+    validated: bool = True
 
 
 class Method(Protocol):
@@ -164,6 +170,9 @@ class _Run:
         self.fitted = Fitted(nets, [], [], 0, 0.0)
         self.signal = 0
         self.prepared: set[int] = set()
+        self.stage, self.stage_began = Stage(plan.steps), 0.0
+        self.drawn: dict[str, int] = {}  # batches taken from pools that cannot tell their position
+        self.skipped: dict[str, Iterator[Batch]] = {}
 
     # ---- the run as a whole ----------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Fitted:
@@ -186,7 +195,7 @@ class _Run:
                     continue
                 start = 0
                 if state is not None:
-                    start = self._restore(state)
+                    start = self._restore(state, stage)
                     state = None
                 self._stage(index, stage, start)
         self.fitted.steps, self.fitted.seconds = self.done, self._elapsed()
@@ -202,20 +211,20 @@ class _Run:
     def _stage(self, index: int, stage: Stage, start: int) -> None:
         if start == 0:  # each stage starts with its own optimisers, averages and selection
             self.optimizers, self.emas, self.best = {}, {}, None
-        if stage.pool not in self.pools:
-            raise BadInput(f"stage {index} reads the data pool {stage.pool!r}, there is {', '.join(self.pools)}")
-        pool = self.pools[stage.pool]
-        batches = iter(pool)
+            self.stage_began = self._time_used()
+        self.stage = stage
+        pool = self._pool(stage)
+        batches = self._stream(stage.pool)
         shard.prepare(self.nets, self.accelerator, self.prepared)
         t, plan = start, self.plan
         while t < stage.steps and self._late() < 1:
             self.nets.train()
-            micro = [self._to_device(next(batches)) for _ in range(plan.accumulate)]
+            micro = [self._to_device(self._draw(batches, stage.pool)) for _ in range(plan.accumulate)]
             clock = Clock(t, stage.steps, index, getattr(pool, "epoch", 0), self._late())
             self._step(micro, clock)
             t, self.done = t + 1, self.done + 1
             last = t == stage.steps or self._late() >= 1
-            if self.validate and (last or (plan.validate_every and t % plan.validate_every == 0)):
+            if self.validate and stage.validated and (last or (plan.validate_every and t % plan.validate_every == 0)):
                 self._validate(index, t)
             if self._stop_asked(t):
                 where = self._save(index, t)
@@ -375,8 +384,16 @@ class _Run:
     def _elapsed(self) -> float:
         return self.before + time.monotonic() - self.began
 
-    def _late(self) -> float:
+    def _time_used(self) -> float:
+        """Share of the time limit of the run that is used up."""
         return self._elapsed() / 60 / self.plan.max_minutes if self.plan.max_minutes else 0.0
+
+    def _late(self) -> float:
+        """Share of the stage's part of the time limit that is used up."""
+        if not self.plan.max_minutes:
+            return 0.0
+        part = self.stage.until - self.stage_began
+        return (self._time_used() - self.stage_began) / part if part > 0 else 1.0
 
     # ---- data ------------------------------------------------------------------------------------------------------
     def _peek(self) -> tuple[Batch, dict[str, Iterable[Batch]]]:
@@ -393,6 +410,31 @@ class _Run:
         elif batches is first:
             pools[name] = chain([probe], batches)
         return self._to_device(probe) | {"examples": len(getattr(first, "table", ()))}, pools
+
+    def _pool(self, stage: Stage) -> Iterable[Batch]:
+        if stage.pool not in self.pools:
+            raise BadInput(f"stage {stage.name!r} reads the data pool {stage.pool!r}, there is {', '.join(self.pools)}")
+        return self.pools[stage.pool]
+
+    def _stream(self, name: str) -> Iterator[Batch]:
+        """The batches of a pool for a new stage: from its start when it can be started again."""
+        if name in self.skipped:
+            return self.skipped.pop(name)
+        batches = iter(self.pools[name])
+        if batches is not self.pools[name]:
+            self.drawn[name] = 0
+        return batches
+
+    def _draw(self, batches: Iterator[Batch], name: str) -> Batch:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise BadInput(
+                f"the data{f' pool {name!r}' if name else ''} ended after {self.drawn.get(name, 0)} batches; training needs "
+                "an endless stream (limbeck.core.batches.Stream repeats any list or DataLoader)"
+            ) from None
+        self.drawn[name] = self.drawn.get(name, 0) + 1
+        return batch
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.accelerator.device
@@ -433,6 +475,8 @@ class _Run:
             "t": t,
             "done": self.done,
             "elapsed": self._elapsed(),
+            "stage_began": self.stage_began,
+            "drawn": self.drawn,
             "log": self.log.tell() if self.log else 0,
             "nets": {n: shard.full(nets.modules[n]) for n in whole},
             "frozen": {n: p for n, p in self.prints.items() if n not in whole},
@@ -453,7 +497,7 @@ class _Run:
         found = checkpoint.latest(self.folder / "checkpoints")
         return found[0] if found else None
 
-    def _restore(self, state: dict[str, Any]) -> int:
+    def _restore(self, state: dict[str, Any], stage: Stage) -> int:
         nets = self.nets
         for name, print_ in state["frozen"].items():
             if self.prints.get(name) != print_:
@@ -471,12 +515,15 @@ class _Run:
         self.best = state["best"]
         for name, position in state["data"].items():
             self.pools[name].load_state_dict(position)  # type: ignore[attr-defined]
+        self._pool(stage)
         for name, pool in self.pools.items():
             if name not in state["data"]:
                 batches = iter(pool)
-                for _ in range(state["done"] * self.plan.accumulate):
-                    next(batches)
-                self.pools[name] = batches
+                for _ in range(state["drawn"].get(name, 0)):
+                    self._draw(batches, name)
+                if batches is not pool and name == stage.pool:
+                    self.skipped[name] = batches
+        self.drawn, self.stage_began = state["drawn"], state["stage_began"]
         self.scaler.load_state_dict(state["scaler"])
         self.done, self.before, self.began = state["done"], state["elapsed"], time.monotonic()
         self.fitted.turns = [(s, t, p, v) for s, t, p, v in state["turns"]]

@@ -1,5 +1,6 @@
 """Named networks. Whoever a method yields is trained; everyone else stays bit for bit the same."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -42,11 +43,27 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def reinitialised(module: nn.Module) -> nn.Module:
+    """A trainable copy with new random weights from the global generator, by each layer's own `reset_parameters`."""
+    fresh = copy.deepcopy(module)
+    for name, layer in fresh.named_modules():
+        for key, hook in list(layer._forward_hooks.items()):
+            if getattr(hook, "__module__", "") == Taps.__module__:
+                del layer._forward_hooks[key]  # a tap reports on the module that it was put on, not on copies
+        own = list(layer.parameters(recurse=False)) + list(layer.buffers(recurse=False))
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        elif own:
+            where = f"{name} ({type(layer).__name__})" if name else type(layer).__name__
+            raise BadInput(f"{where} cannot be initialised anew: it has no reset_parameters; give a factory instead")
+    return fresh.requires_grad_(True)
+
+
 class Nets:
     """A namespace of modules: `nets.student`, `nets.peers[0]`; assign to add one, such as a copy made in `setup`.
 
-    frozen: roots that are in eval mode, ask for no gradient and run under no_grad in `run`; every name that starts
-    with "teacher" is frozen from the start. companions: player -> other roots whose parameters train with it (the
+    frozen: players that are in eval mode, ask for no gradient and run under no_grad in `run`, such as "fake" or
+    "assistants.0"; every name that starts with "teacher" is frozen from the start. companions: player -> other roots whose parameters train with it (the
     projectors of losses). factories: name -> how to build a fresh, randomly initialised network. taps: root -> Taps.
     """
 
@@ -98,28 +115,49 @@ class Nets:
         modules = [self.find(player), *(self.find(c) for c in self.companions.get(player, ()))]
         return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
 
-    def freeze(self, *roots: str) -> None:
+    def freeze(self, *players: str) -> None:
         """Eval mode, no gradients, and never trained unless a method thaws it."""
-        for root in roots:
-            self.frozen.add(root)
-            self.modules[root].eval().requires_grad_(False)
+        for player in players:
+            self.frozen.add(player)
+            self.find(player).eval().requires_grad_(False)
 
-    def thaw(self, *roots: str) -> None:
+    def thaw(self, *players: str) -> None:
         """Undo `freeze`."""
-        for root in roots:
-            self.frozen.discard(root)
-            self.modules[root].train().requires_grad_(True)
+        for player in players:
+            self.frozen.discard(player)
+            self.find(player).train().requires_grad_(True)
+
+    def is_frozen(self, player: str) -> bool:
+        """Whether a player, or a network that it is a part of, is frozen."""
+        return any(player == f or player.startswith(f"{f}.") for f in self.frozen)
 
     def fresh(self, name: str) -> nn.Module:
-        """A new network with random weights from the global generator; it is not registered."""
-        if name not in self.factories:
-            raise BadInput(f"nobody said how to build a fresh {name!r}{nearest(name, self.factories)}")
-        return self.factories[name]().to(self.device)
+        """A new network with random weights from the global generator; it is not registered.
+
+        Without a factory it is a copy of the network of that name, initialised anew by its own layers.
+        """
+        if name in self.factories:
+            return self.factories[name]().to(self.device)
+        if name in self.modules:
+            return reinitialised(self.modules[name])
+        known = {*self.factories, *self.modules}
+        raise BadInput(f"nobody said how to build a fresh {name!r}{nearest(name, known)}")
+
+    def retire(self, name: str, to: str) -> None:
+        """Move the network `name` to the end of the frozen list `to`, and put a fresh one, tapped alike, in its place."""
+        old, retired = self.modules[name], self.modules[to]
+        fresh = self.fresh(name)
+        if name in self.taps:
+            taps = self.taps[name]
+            self.taps[f"{to}.{len(retired)}"] = taps
+            self.taps[name] = Taps(fresh, {n: p[0] if n in taps.single else p for n, p in taps.paths.items()})
+        retired.append(old)  # type: ignore[operator]
+        setattr(self, name, fresh)
+        self.freeze(to)
 
     def run(self, player: str, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs of a network on a batch, with its taps, by name and without prefix; no gradient when frozen."""
-        root = player.partition(".")[0]
-        grad = torch.is_grad_enabled() and root not in self.frozen
+        grad = torch.is_grad_enabled() and not self.is_frozen(player)
         with torch.set_grad_enabled(grad):
             out = outputs(self.find(player), batch)
         if player in self.taps:
@@ -128,8 +166,10 @@ class Nets:
 
     def train(self) -> None:
         """Training mode for all but the frozen."""
-        for name, module in self.modules.items():
-            module.train(name not in self.frozen)
+        for module in self.modules.values():
+            module.train()
+        for player in self.frozen:
+            self.find(player).eval()
 
     def to(self, device: torch.device) -> None:
         """Move every network."""

@@ -145,7 +145,8 @@ class _Implicit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         w, *outer = ctx.saved_tensors
-        damping, iterations, tolerance = ctx.solve
+        damping: float = ctx.solve[0]
+        iterations, tolerance = ctx.solve[1:]
         wants = ctx.needs_input_grad[5:]
         o = tuple(t.detach().requires_grad_(want) for t, want in zip(outer, wants, strict=True))
         with ctx.autocast():
@@ -153,7 +154,7 @@ class _Implicit(torch.autograd.Function):
 
         def hessian(u: Tensor) -> Tensor:
             (hu,) = _vjp(g, [w], u, retain=True)
-            return damping * u if hu is None else hu + damping * u
+            return u * damping if hu is None else hu + u * damping
 
         u = cg(hessian, v, iterations=iterations, tolerance=tolerance)
         mixed = iter(_vjp(g, [t for t in o if t.requires_grad], u))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from limbeck.report import numerals, statistics
 from limbeck.report.runs import Arm, Run
 
-# What a verb saves first of all: (attribute or size of an arm, noun, more than the reference, less).
+# What a verb saves first of all: (a size of an arm, its noun); parameters where it has none of these.
 SAVED = {
     "condense": (("images", "images"), ("rows", "rows"), ("parameters", "parameters")),
     "shorten": (("steps", "steps"), ("nfe", "network evaluations"), ("parameters", "parameters")),
@@ -30,9 +30,9 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half the 95 % t interval of the mean, None with fewer than two finite values."""
+    """Half the 95 % t interval of the mean, None where no spread is known: one seed, or one value shared by all."""
     middle, _, high = statistics.interval([v for v in values if math.isfinite(v)])
-    return high - middle if math.isfinite(high) else None
+    return high - middle if high > middle + 1e-12 * abs(middle) else None
 
 
 def quantity(arm: Arm | None, name: str) -> float | None:
@@ -78,16 +78,11 @@ def figures(run: Run) -> list[Figure]:
         told = [f"{numerals.pretty(a.key)} {numerals.value(run.metric, mean(a.values(run.metric)))}" for a in others]
         meaning = "; ".join([f"student {numerals.pretty(run.metric)}", *dict.fromkeys(told)])
         made.append(Figure(numerals.value(run.metric, level), meaning))
-    for name, noun in (*SAVED.get(run.do, ()), ("parameters", "parameters")):
-        ours, theirs, saved = quantity(run.student, name), quantity(run.reference, name), ratio(run, name)
-        if ours is None or theirs is None or saved is None:
-            continue
-        words = ("smaller", "larger", "same size") if name == "parameters" else ("fewer", "more", f"same {noun}")
-        told = f"{numerals.parameters(ours)} {noun}; {reference_name(run)} {numerals.parameters(theirs)}"
-        made.append(Figure(numerals.times(saved, *words), told))
-        break
+    count, times, told = size(run)
+    if times:
+        made.append(Figure(times, f"{count}; {told}"))
     faster = ratio(run, "latency_ms")
-    if faster is not None:
+    if faster is not None and not 0.98 < faster < 1.02:
         ours, theirs = quantity(run.student, "latency_ms"), quantity(run.reference, "latency_ms")
         told = f"{numerals.milliseconds(ours)}; {reference_name(run)} {numerals.milliseconds(theirs)}"
         made.append(Figure(numerals.times(faster, "faster", "slower", "same speed"), told))
@@ -98,9 +93,24 @@ def figures(run: Run) -> list[Figure]:
     return made
 
 
+def size(run: Run) -> tuple[str, str, str]:
+    """What the verb makes smaller: ('100 images', '50x fewer images', 'full 5,000'), with '' for what is not known."""
+    for name, noun in (*SAVED.get(run.do, ()), ("parameters", "parameters")):
+        ours, theirs, factor = quantity(run.student, name), quantity(run.reference, name), ratio(run, name)
+        if ours is None or (factor is None and name != "parameters"):
+            continue
+        count = f"{numerals.parameters(ours)} {noun if ours != 1 else noun.removesuffix('s')}"
+        if factor is None:
+            return count, "", ""
+        words = (f"fewer {noun}", f"more {noun}", f"same {noun}")
+        words = ("smaller", "larger", "same size") if name == "parameters" else words
+        return count, numerals.times(factor, *words), f"{reference_name(run)} {numerals.parameters(theirs)}"
+    return numerals.ABSENT, "", ""
+
+
 def against(run: Run) -> str:
-    """'the control', 'the teacher one step': what the gain is over."""
-    return f"the {numerals.pretty(run.gain.against)}" if run.gain else ""
+    """'the control', 'the teacher at one step': what the gain is over."""
+    return statistics.opponent(run.gain) if run.gain else ""
 
 
 def reference_name(run: Run) -> str:

@@ -152,6 +152,14 @@ def bare_amount(metric: str, difference: float) -> str:
     return points(abs(difference)) if is_fraction(metric) else bare(metric, abs(difference))
 
 
+def half(metric: str, value: float, width: float) -> str:
+    """The x of 'value ± x', with as many decimals as the value has beside it."""
+    shown = bare(metric, value)
+    if is_fraction(metric) or "e" in shown:
+        return bare_amount(metric, width)
+    return f"{width:,.{len(shown.partition('.')[2])}f}" if float(f"{width:.3g}") else "0"
+
+
 def parameters(count: float | None) -> str:
     """12,345 · 1.23 M · 7.00 B."""
     if count is None or strange(count):
@@ -194,6 +202,11 @@ def duration(seconds: float | None) -> str:
         return f"{whole // 60}{SPACE}min {whole % 60:02d}{SPACE}s"
     minutes = round(seconds / 60)
     return f"{minutes // 60}{SPACE}h {minutes % 60:02d}{SPACE}min"
+
+
+def sentence(text: str) -> str:
+    """The text with a capital first letter, unless its own spelling has capitals further on (mIoU)."""
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 
 def times(ratio: float, more: str, less: str, same: str) -> str:

@@ -50,12 +50,14 @@ class Shown:
     state: str
     mark: str
     when: str
+    metric: str
     gain: str
     interval: str
     size: tuple[str, str]
     speed: tuple[str, str]
     seconds: str
-    strip: Markup
+    strip: Markup  # on the run's own scale
+    shared: Markup  # on the scale of all runs of its metric
     figures: tuple[Figure, ...]
     arms: tuple[tuple[str, str, str], ...]
     rows: tuple[Row, ...]
@@ -129,13 +131,6 @@ def show(run: Run, anchor: str, reach: float) -> Shown:
     """Everything of one run that the template puts in place."""
     state = run.state
     kept = logs(run.folder)
-    gain, interval = costs.gain(run), costs.interval(run)
-    drawing = Markup("")
-    if run.gain:
-        told = f"gain over {costs.against(run)}: {gain} ({interval})"
-        drawing = svg.strip(
-            run.gain.differences, run.gain.mean, run.gain.low, run.gain.high, reach=reach or 1.0, title=told
-        )
     arms = ordered(run)
     return Shown(
         anchor=anchor,
@@ -143,14 +138,16 @@ def show(run: Run, anchor: str, reach: float) -> Shown:
         state=state.replace(" ", "-") or "none",
         mark=MARKS.get(state, ""),
         when=when(run.folder),
-        gain=gain,
-        interval=interval,
-        size=split(costs.saved(run)),
+        metric=numerals.pretty(run.metric),
+        gain=costs.gain(run),
+        interval=costs.interval(run),
+        size=costs.size(run)[:2],
         speed=split(costs.speed(run)),
         seconds=numerals.duration(run.seconds),
-        strip=drawing,
+        strip=strip(run, reaches([run])[scale_of(run)]),
+        shared=strip(run, reach),
         figures=tuple(costs.figures(run)),
-        arms=tuple((numerals.pretty(arm.key), arm.label, colour(arm.key)) for arm in arms),
+        arms=tuple((numerals.pretty(arm.key), arm.label, colour(run, arm.key)) for arm in arms),
         rows=tuple(table(run, arms)),
         plots=tuple(plot for plot in (seeds_plot(run, arms), *validation_plots(run, kept), *loss_plots(kept)) if plot),
         pictures=tuple(
@@ -163,15 +160,27 @@ def show(run: Run, anchor: str, reach: float) -> Shown:
     )
 
 
+def strip(run: Run, reach: float) -> Markup:
+    """The gain with its interval and seeds on a line from -reach to reach."""
+    if run.gain is None:
+        return Markup("")
+    told = f"gain over {costs.against(run)}: {costs.gain(run)} ({costs.interval(run)})"
+    return svg.strip(run.gain.differences, run.gain.mean, run.gain.low, run.gain.high, reach=reach or 1.0, title=told)
+
+
 def ordered(run: Run) -> list[Arm]:
-    """Control beside student, then the teacher, then the rest as they came."""
-    first = [arm for arm in (run.against, run.student, run.reference) if arm is not None]
+    """The student, what it is compared with, the teacher, then the rest as they came."""
+    first = [arm for arm in (run.student, run.against, run.reference) if arm is not None]
     return [run.arms[key] for key in dict.fromkeys([*(arm.key for arm in first), *run.arms])]
 
 
-def colour(key: str) -> str:
-    """The colour class of an arm: the same in every plot and table."""
-    return f"a-{key}" if key in ("student", "control", "teacher") else "a-other"
+def colour(run: Run, key: str) -> str:
+    """The colour class of an arm by its part in the run: the same in every plot and table."""
+    if key == "student":
+        return "a-student"
+    if key == "control" or (run.gain and key == run.gain.against):
+        return "a-control"
+    return "a-teacher" if run.reference and key == run.reference.key else "a-other"
 
 
 def table(run: Run, arms: Sequence[Arm]) -> list[Row]:
@@ -182,14 +191,9 @@ def table(run: Run, arms: Sequence[Arm]) -> list[Row]:
         cells = []
         for arm in arms:
             values = arm.values(metric)
-            half = costs.half_width(values)
-            broken = values and costs.mean(values) is None
-            cells.append(
-                (
-                    "NaN" if broken else numerals.bare(metric, costs.mean(values)),
-                    "" if half is None else f"±{numerals.SPACE}{numerals.bare_amount(metric, half)}",
-                )
-            )
+            mean, half = costs.mean(values), costs.half_width(values)
+            spread = f"±{numerals.SPACE}{numerals.half(metric, mean, half)}" if mean is not None and half else ""
+            cells.append(("NaN" if values and mean is None else numerals.bare(metric, mean), spread))
         if any(arm.values(metric) for arm in arms):
             rows.append(Row(numerals.pretty(metric), numerals.unit(metric), tuple(cells), "main" if metric == run.metric else ""))
     cost: list[tuple[str, list[tuple[str, str]]]] = [
@@ -214,6 +218,8 @@ def tail(arm: Arm) -> str:
 def seeds_plot(run: Run, arms: Sequence[Arm]) -> Plot | None:
     """A dot a seed; lines pair the student with what it is compared with."""
     kept = [arm for arm in arms if costs.mean(arm.values(run.metric)) is not None][:MOST_COLUMNS]
+    # From the control up to the student, so that lines that rise are gains.
+    kept.sort(key=lambda arm: 0 if run.gain and arm.key == run.gain.against else 1 if arm.key == "student" else 2)
     if not kept:
         return None
     keys = [arm.key for arm in kept]
@@ -222,7 +228,7 @@ def seeds_plot(run: Run, arms: Sequence[Arm]) -> Plot | None:
     columns = [
         svg.Column(
             numerals.pretty(arm.key),
-            colour(arm.key),
+            colour(run, arm.key),
             arm.values(run.metric),
             numerals.bare(run.metric, costs.mean(arm.values(run.metric))),
         )
@@ -230,8 +236,9 @@ def seeds_plot(run: Run, arms: Sequence[Arm]) -> Plot | None:
     ]
     name = numerals.pretty(run.metric)
     drawing = svg.seeds(columns, percent=numerals.is_fraction(run.metric), title=f"{name} of each seed", pair=pair, names=run.seeds)
-    note = ", ".join(t for t in (numerals.unit(run.metric), "" if run.higher_is_better else "lower is better") if t)
-    return Plot(f"{name}, seed by seed", note, (), drawing) if drawing else None
+    note = "dot: a seed, bar: the mean" + ("" if run.higher_is_better else "; lower is better")
+    title = f"{numerals.sentence(name)}, seed by seed"
+    return Plot(title, numerals.unit(run.metric), (("", note),), drawing) if drawing else None
 
 
 def validation_plots(run: Run, kept: Sequence[Log]) -> list[Plot]:
@@ -244,12 +251,12 @@ def validation_plots(run: Run, kept: Sequence[Log]) -> list[Plot]:
         # The student is drawn last, on top.
         those.sort(key=lambda log: log.arm == "student")
         curves = [
-            svg.Line(f"{numerals.pretty(log.arm)}, seed {log.seed}", colour(log.arm), log.validation[metric]) for log in those
+            svg.Line(f"{numerals.pretty(log.arm)}, seed {log.seed}", colour(run, log.arm), log.validation[metric]) for log in those
         ]
         drawing = svg.lines(
             curves, percent=numerals.is_fraction(metric), title=f"validation {metric} over steps", stages=those[-1].stages
         )
-        legend = dict.fromkeys((colour(log.arm), numerals.pretty(log.arm)) for log in reversed(those))
+        legend = dict.fromkeys((colour(run, log.arm), numerals.pretty(log.arm)) for log in reversed(those))
         note = ", ".join(t for t in (numerals.unit(metric), "a line a seed") if t)
         plots.append(Plot(f"Validation {numerals.pretty(metric)}", note, tuple(legend), drawing))
     return [plot for plot in plots if plot.drawing]

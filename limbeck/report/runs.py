@@ -131,9 +131,7 @@ def read(folder: Path) -> Run:
     do = " → ".join(texts(result.get("do")))
     sentence = text(result.get("verdict"))
     if not sentence and found:
-        sentence = statistics.verdict(
-            found, metric, higher_is_better=higher_is_better, do=do, against=f"the {numerals.pretty(found.against)}"
-        )
+        sentence = statistics.verdict(found, metric, higher_is_better=higher_is_better, do=do)
     if not sentence:
         sentence = "This run compares nothing: it has no control to be judged against."
     return Run(

@@ -10,6 +10,15 @@ from scipy.special import stdtrit  # type: ignore[import-untyped, unused-ignore]
 from limbeck.report import numerals
 
 State = Literal["helped", "did not help", "cannot tell"]
+# How the arms that a gain may be over are called in a sentence; any other is called by its name.
+OPPONENTS = {
+    "control": "the control",
+    "teacher": "the teacher",
+    "teacher_one_step": "the teacher at one step",
+    "random": "the random subset",
+    "removal": "removal alone",
+    "scratch": "training from scratch",
+}
 SUBJECTS = {
     "teach": "Distillation",
     "condense": "Condensing",
@@ -77,14 +86,17 @@ def state(gain: Gain) -> State:
     return "did not help" if gain.high < 0 else "cannot tell"
 
 
-def verdict(
-    gain: Gain, metric: str, *, higher_is_better: bool = True, do: str = "teach", against: str = "the control"
-) -> str:
+def opponent(gain: Gain) -> str:
+    """What the gain is over, in words: 'the control', 'training from scratch'."""
+    return OPPONENTS.get(gain.against, f"the {numerals.pretty(gain.against)}")
+
+
+def verdict(gain: Gain, metric: str, *, higher_is_better: bool = True, do: str = "teach") -> str:
     """One plain sentence: helped, did not help, or cannot tell with these seeds, by how much, with the interval.
 
-    metric: its name, e.g. 'accuracy'. do: the verb, which names the subject. against: words for what it is compared with.
+    metric: its name, e.g. 'accuracy'. do: the verb of the recipe, which names the subject.
     """
-    subject, name = SUBJECTS.get(do, "Distillation"), numerals.pretty(metric) or "the metric"
+    subject, name, against = SUBJECTS.get(do, "Distillation"), numerals.pretty(metric) or "the metric", opponent(gain)
     if gain.n == 0 or not np.isfinite(gain.mean):
         return f"Cannot tell: no seed has a finite {name} for both the student and {against}."
     better = gain.mean if higher_is_better else -gain.mean

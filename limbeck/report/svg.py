@@ -86,7 +86,7 @@ class Axis:
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             step = max(1, math.ceil((last - first + 1) / most))
-            return [(10.0**p, numerals.minus(f"{10.0**p:g}")) for p in range(first, last + 1, step)]
+            return [(10.0**p, numerals.plain(10.0**p)) for p in range(first, last + 1, step)]
         places = ticks(self.low, self.high, most)
         gap = places[1] - places[0] if len(places) > 1 else 1.0
         return [(p, tick_text(p, gap)) for p in places]
@@ -108,15 +108,14 @@ def lines(curves: Sequence[Line], *, percent: bool, title: str, stages: Sequence
     values = [y for _, y in points]
     log = not percent and min(values) > 0 and max(values) / min(values) >= 100
     if log:
-        # Whole decades, so that at least two ticks stand on the axis.
-        low = 10.0 ** math.floor(math.log10(min(values)))
-        high = 10.0 ** math.ceil(math.log10(max(values)))
+        low, high = min(values) / 1.2, max(values) * 1.2
     else:
         low, high = padded(values)
         low = max(low, 0.0) if min(values) >= 0 else low
         high = min(high, 100.0) if percent and max(values) <= 100 else high
     y = Axis(low, high, HEIGHT - BOTTOM, TOP, log)
-    x = Axis(min(p for p, _ in points), max(p for p, _ in points), LEFT, WIDTH - RIGHT)
+    first, last = min(p for p, _ in points), max(p for p, _ in points)
+    x = Axis(0.0 if 0 < first < 0.2 * last else first, last, LEFT, WIDTH - RIGHT)
     parts = [*horizontal(y), *below(x)]
     for start in stages:
         if x.low < start < x.high:
@@ -180,11 +179,11 @@ def strip(differences: Sequence[float], mean: float, low: float, high: float, *,
     def at(value: float) -> str:
         return f"{50 + 47 * max(-1.0, min(1.0, value / reach)):.2f}%"
 
-    parts = ['<line class="rule" x1="0" x2="100%" y1="15" y2="15"/>', '<line class="zero" x1="50%" x2="50%" y1="2" y2="28"/>']
+    parts = ['<line class="rule" x1="0" x2="100%" y1="15" y2="15"/>', '<line class="zero" x1="50%" x2="50%" y1="3" y2="27"/>']
     if math.isfinite(low) and math.isfinite(high):
         parts.append(f'<line class="bar" x1="{at(low)}" x2="{at(high)}" y1="15" y2="15"/>')
     parts += [f'<circle class="seed" cx="{at(d)}" cy="15" r="3"/>' for d in differences if math.isfinite(d)]
-    parts.append(f'<circle class="centre" cx="{at(mean)}" cy="15" r="6"/>')
+    parts.append(f'<circle class="centre" cx="{at(mean)}" cy="15" r="5"/>')
     return Markup(f'<svg class="strip" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{"".join(parts)}</svg>')
 
 
@@ -199,11 +198,12 @@ def horizontal(y: Axis) -> list[str]:
 
 
 def below(x: Axis) -> list[str]:
-    """The numbers under the plot; those at the ends are pulled in."""
-    parts = []
-    for value, label in x.ticks(4):
-        place = min(x.at(value), WIDTH - RIGHT - 3.2 * len(label))
-        parts.append(f'<text class="under" x="{place:.1f}" y="{HEIGHT - BOTTOM + 18}">{label}</text>')
+    """The numbers under the plot, as far as they leave room for the word 'steps' at its end."""
+    parts = [f'<text class="left" x="{WIDTH - RIGHT}" y="{HEIGHT - BOTTOM + 18}">steps</text>']
+    for value, label in x.ticks(5):
+        place = x.at(value)
+        if place + 3.5 * len(label) < WIDTH - RIGHT - 36:
+            parts.append(f'<text class="under" x="{place:.1f}" y="{HEIGHT - BOTTOM + 18}">{label}</text>')
     return parts
 
 

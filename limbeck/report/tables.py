@@ -16,26 +16,29 @@ COLOURS = {"helped": "bold green", "did not help": "bold red", "cannot tell": "b
 
 def terminal(runs: Sequence[Path]) -> Table:
     """One row a run. Everything from a run is a `Text`, so that nothing in a name is taken for markup."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("run", overflow="fold", ratio=3)
-    table.add_column("gain", overflow="fold", ratio=3)
-    table.add_column("95 % interval", overflow="fold", ratio=3)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for name in ("run", "gain", "95 % interval"):
+        table.add_column(name, overflow="fold")
     for name in ("parameters", "latency", "seconds"):
-        table.add_column(name, justify="right", overflow="fold", ratio=2)
+        table.add_column(name, justify="right", overflow="fold")
     for run in read_all(runs):
         shown = Text(costs.gain(run))
         if run.state:
             shown = Text(f"{run.state}\n", style=COLOURS[run.state]) + Text(costs.gain(run), style="none")
         name = Text(run.name, style="bold")
         if run.metric:
-            name += Text(f"\n{run.do + ': ' if run.do else ''}{numerals.pretty(run.metric)}", style="dim not bold")
-        table.add_row(name, shown, Text(costs.interval(run)), *(Text(t) for t in cost(run)))
+            name += Text(f"\n{numerals.pretty(run.metric)}", style="dim not bold")
+        # '79.8 to 89.6 lower' on two lines, so that the table fits 80 letters.
+        bounds = re.sub(r" (lower|higher|interval)$", r"\n\1", costs.interval(run))
+        table.add_row(name, shown, Text(bounds), *(Text(t) for t in cost(run)))
     return table
 
 
 def cost(run: Run) -> tuple[str, str, str]:
+    """Parameters and latency, each with its ratio on a second line, and the seconds of the run."""
     seconds = numerals.ABSENT if run.seconds is None else f"{run.seconds:,.1f}"
-    return costs.saved(run).replace(" (", "\n("), costs.speed(run).replace(" (", "\n("), seconds
+    first = [text.removesuffix(")").split(" (") for text in (costs.saved(run), costs.speed(run))]
+    return "\n".join(first[0]), "\n".join(first[1]), seconds
 
 
 def markdown(runs: Sequence[Path]) -> str:
@@ -45,7 +48,7 @@ def markdown(runs: Sequence[Path]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---|---|---|--:|--:|--:|"]
     for run in read:
         what = f"{costs.gain(run)}, {numerals.pretty(run.metric)} ({run.state})" if run.state else costs.gain(run)
-        cells = (run.name, what, costs.interval(run), *(t.replace("\n", " ") for t in cost(run)))
+        cells = (run.name, what, costs.interval(run), *(t.replace("\n", ", ") for t in cost(run)))
         lines.append("| " + " | ".join(map(inert, cells)) + " |")
     lines += ["", *(f"- **{inert(run.name)}**: {inert(run.verdict)}" for run in read)]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,45 @@
+"""limbeck: one house for distillation. Teach a student, shorten a sampler, condense a data set, shape the vessel.
+
+    import limbeck
+    result = limbeck.teach(teacher, student, "fashion_mnist_small", match=["ce", "kd"], epochs=5)
+    print(result.gain, result.folder)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.api import condense, shape, shorten, teach
+    from limbeck.core.find import get, knobs, names, needs
+    from limbeck.recipe import Recipe
+    from limbeck.run import Result, run
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Result", "condense", "get", "knobs", "names", "needs", "run", "shape", "shorten", "teach"]
+
+_WHERE = {
+    "teach": "limbeck.api",
+    "condense": "limbeck.api",
+    "shorten": "limbeck.api",
+    "shape": "limbeck.api",
+    "get": "limbeck.core.find",
+    "names": "limbeck.core.find",
+    "needs": "limbeck.core.find",
+    "knobs": "limbeck.core.find",
+    "Recipe": "limbeck.recipe",
+    "Result": "limbeck.run",
+    "run": "limbeck.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value  # a submodule of the same name (limbeck.run) must not hide it
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,499 @@
+"""Data by name or path -> train, validation and test tables: embedded sets, local files and folders, sets in the folder
+that the environment variable LIMBECK_DATA names, and hub names through `datasets`."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.adapters import words
+from limbeck.adapters.readers import SPLITS, Raw, from_rows, join, read, rows_of, stream_files
+from limbeck.core.batches import Splits, Stream, Table, Tokenizer, generator, split
+from limbeck.core.errors import BadInput, MissingExtra, nearest
+from limbeck.zoo import data as zoo
+
+__all__ = ["Source", "load", "stream"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a recipe says about its data.
+
+    name: an embedded set (`fashion_mnist_small`), a file or folder, a folder in LIMBECK_DATA (`cifar10`, or
+    `sentiment_small/sst2` for one of several sets in it), or `hub:NAME`, `hub:NAME/CONFIG@` for the hub.
+    variant: one of several sets in a folder, or the configuration of a hub set.
+    inputs, labels: column names; found by their usual names when left out. Several inputs make vectors or joined texts.
+    kind: images, text (classification), language (next token), vectors, tokens or rows; told by the data when left out.
+    classes: how many classes there are, when the labels must be kept as they are, or their names in order; else labels
+    are numbered 0, 1, ... in sorted order.
+    split: parts for train, validation and test, used where the source does not say: a source with its own test set
+    gives validation from its training set; one with train and validation only gives that validation as test.
+    seed: of splits and subsets. limit, test_limit: at most so many training, validation and test examples.
+    per_class: so many training examples of each class instead.
+    size: side of pictures in pixels (cropped to a square, resized). channels: 1 or 3; as the files have it if left out.
+    normalise: bring every channel or feature to mean 0 and deviation 1 over the training set. mean, std: instead of
+    the training set's, in the scale where white is 1; one number a channel.
+    tokenizer: chars, words, bytes, hash, or a transformers tokenizer by folder or hub name. vocab: most words kept, >= 3.
+    length: tokens of a stretch (language), or most tokens of a text (classification), >= 1.
+    """
+
+    name: str
+    variant: str | None = None
+    inputs: str | list[str] | None = None
+    labels: str | None = None
+    kind: str | None = None
+    classes: int | list[str] | None = None
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    seed: int = 0
+    limit: int | None = None
+    test_limit: int | None = None
+    per_class: int | None = None
+    size: int | None = None
+    channels: int | None = None
+    normalise: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    tokenizer: str | None = None
+    vocab: int = 8192
+    length: int = 64
+
+
+def _source(spec: str | Path | Mapping[str, Any] | Source) -> Source:
+    if isinstance(spec, Source):
+        return spec
+    if isinstance(spec, (str, Path)):
+        return Source(str(spec))
+    known = [f.name for f in fields(Source)]
+    for key in spec:
+        if key not in known:
+            raise BadInput(f"data has no option {key!r}{nearest(str(key), known)}")
+    if "name" not in spec:
+        raise BadInput("data needs a `name`: an embedded set, a file or folder, or hub:NAME")
+    given = {k: tuple(v) if k in ("split", "mean", "std") else v for k, v in spec.items()}
+    return Source(**given)
+
+
+def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
+    """Train, validation and test tables of a name, a path, or a mapping with the fields of `Source`."""
+    source = _source(spec)
+    if source.kind not in (None, "images", "text", "language", "vectors", "tokens", "rows"):
+        kinds = ("images", "text", "language", "vectors", "tokens", "rows")
+        raise BadInput(f"data has no kind {source.kind!r}{nearest(source.kind, kinds)}")
+    raws, source = _find(source)
+    if source.kind:
+        raws = {name: replace(raw, kind=source.kind) for name, raw in raws.items()}
+    raws = {name: raw for name, raw in raws.items() if len(raw)}
+    if not raws:
+        raise BadInput(f"{source.name} is empty: it has 0 examples")
+    if len({raw.kind for raw in raws.values()}) > 1:
+        raise BadInput(f"the splits of {source.name} differ in kind: { {k: r.kind for k, r in raws.items()} }")
+    kind = next(iter(raws.values())).kind
+    splits = _language(raws, source) if kind == "language" else _examples(raws, source, kind)
+    splits = Splits(
+        _subset(splits.train, source.limit, source.per_class, source.seed),
+        _subset(splits.validation, source.test_limit, None, source.seed),
+        _subset(splits.test, source.test_limit, None, source.seed),
+    )
+    splits.train.check()
+    return splits
+
+
+# where the data is
+
+
+def _find(source: Source) -> tuple[dict[str, Raw], Source]:
+    """The raw splits behind a name, and the source with what is known of that set filled in."""
+    name = source.name
+    if name.startswith("hub:"):
+        return _hub(source), source
+    if name in zoo.NAMES:
+        known = zoo.load(name)
+        raws = {part: Raw(known.kind, *pair, classes=known.classes) for part, pair in known.parts.items()}
+        if known.mean and not source.mean and source.normalise and source.size is None:
+            source = replace(source, mean=known.mean, std=known.std)
+        return raws, source
+    path, variant = _path(source)
+    return read(path, variant=variant, inputs=source.inputs, labels=source.labels), source
+
+
+def _path(source: Source) -> tuple[Path, str | None]:
+    name = source.name
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser(), source.variant
+    shelf = os.environ.get("LIMBECK_DATA")
+    sets: list[str] = []
+    if shelf:
+        if not Path(shelf).is_dir():
+            raise BadInput(f"LIMBECK_DATA names {shelf!r}, which is no folder")
+        sets = sorted(p.name for p in Path(shelf).iterdir() if p.is_dir() and not p.name.startswith("."))
+        base, _, rest = name.partition("/")
+        if base in sets:
+            return Path(shelf) / base, rest or source.variant
+    if Path(name).suffix or name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser().parent
+        near = nearest(Path(name).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else ""
+        raise BadInput(f"there is no file or folder {name!r}{near if 'did you mean' in near else ''}")
+    where = "" if shelf else "; set LIMBECK_DATA to a folder of data sets, or write hub:NAME for the hub"
+    raise BadInput(
+        f"no data called {name!r}, neither embedded nor a file or folder{nearest(name, [*zoo.NAMES, *sets])}{where}"
+    )
+
+
+def _hub(source: Source) -> dict[str, Raw]:
+    parts = _hub_parts(source, streaming=False)
+    out: dict[str, list[Raw]] = {}
+    for part, rows in parts.items():
+        raw = from_rows(list(rows), f"{source.name} ({part})", source.inputs, source.labels)
+        names = getattr(getattr(rows, "features", {}).get(source.labels or "label"), "names", None)
+        if names and raw.labels is not None:
+            raw = replace(raw, labels=[names[i] for i in raw.labels], classes=list(names))
+        out.setdefault(SPLITS.get(part.lower(), "all"), []).append(raw)
+    return {name: join(raws, source.name) for name, raws in out.items()}
+
+
+def _hub_parts(source: Source, *, streaming: bool) -> dict[str, Any]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtra("datasets", "text") from None
+    name = source.name.removeprefix("hub:")
+    try:
+        parts = datasets.load_dataset(name, source.variant, streaming=streaming)
+    except Exception as error:  # the library raises its own, the hub's, and the network's errors
+        raise BadInput(
+            f"the hub gave no data set {name!r}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
+    for part, rows in parts.items():
+        for column, feature in (rows.features or {}).items():
+            if isinstance(feature, datasets.Image):  # keep the bytes: pictures are decoded in one place
+                parts[part] = rows = rows.cast_column(column, datasets.Image(decode=False))
+    return dict(parts)
+
+
+# examples -> tables
+
+
+def _cut(raws: dict[str, Raw], fractions: Sequence[float]) -> tuple[str, dict[str, float]]:
+    """How a source's own splits become ours: a plan's name, and the parts to cut from the training examples."""
+    train, validation, test = fractions
+    if "train" not in raws:
+        return "all", {"train": train, "validation": validation, "test": test}
+    if "test" not in raws and "validation" not in raws:
+        return "train", {"train": train, "validation": validation, "test": test}
+    if "test" in raws and "validation" in raws:
+        return "own", {"train": 1.0, "validation": 0.0, "test": 0.0}
+    rest = train + validation
+    return "held out", {"train": train / rest, "validation": validation / rest, "test": 0.0}
+
+
+def _examples(raws: dict[str, Raw], source: Source, kind: str) -> Splits:
+    numbers, classes = _number_labels(raws, source)
+    tables: dict[str, Table] = {}
+    lines: list[str] = []
+    for part, raw in raws.items():
+        columns = _columns(raw, kind, source, part)
+        if kind == "text":  # place holders: the vocabulary comes from what turns out to be the training part
+            columns = {"inputs": torch.arange(len(lines), len(lines) + len(raw)), **columns}
+            lines.extend(map(str, raw.inputs))
+        if part in numbers:
+            columns["labels"] = numbers[part]
+        rows = raw.rows or ([{"text": text} for text in raw.inputs] if kind == "text" else None)
+        table_kind: Any = "tokens" if kind == "text" else kind
+        tables[part] = Table(columns, table_kind, classes, source.name, rows=rows).check()
+    splits = _arrange(tables, raws, source)
+    if kind == "text":
+        return _tokenised(splits, lines, source)
+    return _normalised(splits, source) if kind in ("images", "vectors") else splits
+
+
+def _columns(raw: Raw, kind: str, source: Source, part: str) -> dict[str, Tensor]:
+    """The tensors of some examples, but for labels and token ids of texts."""
+    columns: dict[str, Tensor] = {}
+    if kind == "images":
+        columns["inputs"] = _images(raw.inputs, source, part)
+    elif kind == "tokens":
+        columns["inputs"] = torch.as_tensor(np.asarray(raw.inputs)).long()
+    elif kind == "vectors":
+        columns["inputs"] = torch.as_tensor(np.asarray(raw.inputs)).flatten(1).float()
+    return columns | {name: torch.as_tensor(values) for name, values in raw.extra.items()}
+
+
+def _arrange(tables: dict[str, Table], raws: dict[str, Raw], source: Source) -> Splits:
+    plan, parts = _cut(raws, source.split)
+    if plan == "own":
+        return Splits(tables["train"], tables["validation"], tables["test"])
+    whole = _concat(list(tables.values())) if plan == "all" else tables["train"]
+    cut = split(whole, (parts["train"], parts["validation"], parts["test"]), seed=source.seed)
+    if plan == "held out":
+        return Splits(cut.train, cut.validation, tables.get("test", tables.get("validation", cut.test)))
+    return cut
+
+
+def _concat(tables: list[Table]) -> Table:
+    first = tables[0]
+    columns = {name: torch.cat([t[name] for t in tables]) for name in first.columns}
+    rows = None if first.rows is None else [row for t in tables for row in t.rows or ()]
+    return replace(first, columns=columns, rows=rows)
+
+
+def _number_labels(raws: dict[str, Raw], source: Source) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Labels of every split as class numbers (or as floats, when they are no classes), and the classes' names."""
+    given = {part: np.asarray(raw.labels) for part, raw in raws.items() if raw.labels is not None}
+    if not given:
+        return {}, None
+    flat = np.concatenate([np.ravel(labels) for labels in given.values()])
+    if flat.dtype.kind in "US":
+        try:
+            flat = flat.astype(np.float64)
+            given = {part: labels.astype(np.float64) for part, labels in given.items()}
+        except ValueError:
+            pass
+    if flat.dtype.kind == "f":
+        if not np.isfinite(flat).all() or (flat % 1).any():
+            return {part: torch.as_tensor(labels).float() for part, labels in given.items()}, None
+        flat, given = flat.astype(np.int64), {part: labels.astype(np.int64) for part, labels in given.items()}
+    if any(labels.ndim > 1 for labels in given.values()):
+        return {part: torch.as_tensor(labels.astype(np.int64)) for part, labels in given.items()}, None
+    names = next((raw.classes for raw in raws.values() if raw.classes), None)
+    names = source.classes if isinstance(source.classes, list) else names
+    if flat.dtype.kind in "iub":
+        fixed = source.classes if isinstance(source.classes, int) else None
+        count = fixed or (len(names) if names else int(flat.max()) + 1)
+        if flat.min() < 0 or flat.max() >= count:
+            raise BadInput(
+                f"labels of {source.name} run from {flat.min()} to {flat.max()}, but there are {count} classes"
+            )
+        if fixed or names or len(np.unique(flat)) == count:
+            numbered = {part: torch.as_tensor(labels.astype(np.int64)) for part, labels in given.items()}
+            return numbered, names or [str(c) for c in range(count)]
+    found = np.unique(flat)
+    order = {value: i for i, value in enumerate(names or found.tolist())}
+    unknown = [value for value in found.tolist() if value not in order]
+    if unknown:
+        raise BadInput(f"label {unknown[0]!r} of {source.name} is none of its classes{nearest(str(unknown[0]), order)}")
+    numbered = {part: torch.tensor([order[value] for value in labels.tolist()]) for part, labels in given.items()}
+    return numbered, [str(value) for value in order]
+
+
+def _subset(table: Table, limit: int | None, per_class: int | None, seed: int) -> Table:
+    if per_class is not None:
+        labels, count = table["labels"], table.num_classes
+        order = torch.randperm(len(table), generator=generator(seed, "per_class"))
+        chosen = []
+        for c in range(count):
+            members = order[labels[order] == c]
+            if len(members) < per_class:
+                raise BadInput(f"per_class {per_class} is more than class {c} of {table.name} has: {len(members)}")
+            chosen.append(members[:per_class])
+        return table.select(torch.cat(chosen).sort().values)
+    if limit is None or limit >= len(table):
+        return table
+    if table.kind == "tokens" and table.columns.get("labels", torch.empty(0)).ndim == 2:
+        return table.select(torch.arange(limit))  # stretches of one text: keep them connected
+    part = limit / len(table)
+    return split(table, (part, 1 - part, 0.0), seed=seed).train
+
+
+# images and vectors
+
+
+def _images(items: Any, source: Source, part: str) -> Tensor:
+    """Pictures as float [N, C, H, W], white is 1 where they were whole numbers."""
+    if not isinstance(items, np.ndarray):
+        items = _decode(items, source, part)
+    x = torch.from_numpy(np.ascontiguousarray(items))
+    if x.ndim == 3:
+        x = x.unsqueeze(1)
+    elif x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3):
+        x = x.permute(0, 3, 1, 2)[:, :3]
+    if x.ndim != 4 or x.shape[1] not in (1, 2, 3, 4):
+        raise BadInput(
+            f"pictures of {source.name} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got {list(x.shape)}"
+        )
+    x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+    if source.channels == 1 and x.shape[1] == 3:
+        x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    elif source.channels == 3 and x.shape[1] == 1:
+        x = x.repeat(1, 3, 1, 1)
+    elif source.channels not in (None, x.shape[1]):
+        raise BadInput(
+            f"pictures of {source.name} have {x.shape[1]} channels, not {source.channels}; channels is 1 or 3"
+        )
+    if source.size is not None and x.shape[-2:] != (source.size, source.size):
+        x = F.interpolate(x, (source.size, source.size), mode="bilinear", antialias=True)
+    return x.contiguous()
+
+
+def _decode(items: Sequence[bytes | Path], source: Source, part: str) -> np.ndarray:
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError:
+        raise MissingExtra("pillow", "vision") from None
+    mode = {1: "L", 3: "RGB", None: None}.get(source.channels)
+    out: np.ndarray | None = None
+    for i, item in enumerate(items):
+        where = str(item) if isinstance(item, Path) else f"picture {i} of {source.name} ({part})"
+        try:
+            image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+            mode = mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB")
+            if image.mode != mode:
+                image = image.convert(mode)
+            if source.size is not None and image.size != (source.size, source.size):
+                image = ImageOps.fit(image, (source.size, source.size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image)
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise BadInput(f"{where} cannot be read as a picture: {error}") from None
+        if out is None:
+            out = np.empty((len(items), *pixels.shape), dtype=np.uint8)
+        if pixels.shape != out.shape[1:]:
+            a, b = ("x".join(map(str, shape[:2])) for shape in (out.shape[1:], pixels.shape))
+            raise BadInput(f"pictures of {source.name} differ in size: {a} and {b} ({where}); give a `size`")
+        out[i] = pixels
+    assert out is not None
+    return out
+
+
+def _normalised(splits: Splits, source: Source) -> Splits:
+    x = splits.train["inputs"]
+    mean, std = source.mean, source.std
+    if not source.normalise:
+        mean, std = (), ()
+    elif not mean:
+        axes = (0, 2, 3) if x.ndim == 4 else (0,)
+        means = sum((piece.double().sum(axes) for piece in x.split(4096)), torch.zeros(x.shape[1], dtype=torch.float64))
+        means /= x.numel() / x.shape[1]
+        square = sum(
+            ((piece.double() - means.view(1, -1, *[1] * (x.ndim - 2))).square().sum(axes) for piece in x.split(4096)),
+            torch.zeros(x.shape[1], dtype=torch.float64),
+        )
+        deviations = (square / (x.numel() / x.shape[1])).sqrt()
+        mean = tuple(round(v, 6) for v in means.tolist())
+        std = tuple(round(v, 6) or 1.0 for v in deviations.tolist())  # a constant feature stays as it is, centred
+    if len(mean) != len(std) or (mean and len(mean) not in (1, x.shape[1])) or min(std, default=1) <= 0:
+        raise BadInput(f"mean {mean} and std {std} must have one number a channel ({x.shape[1]}), std > 0")
+    if not mean:
+        return splits
+    mean, std = (v * x.shape[1] if len(v) == 1 else v for v in (mean, std))
+
+    def scaled(table: Table) -> Table:
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        inputs = (table["inputs"] - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+        return replace(table, columns={**table.columns, "inputs": inputs}, mean=mean, std=std)
+
+    return Splits(*map(scaled, splits))
+
+
+# text
+
+
+def _tokenised(splits: Splits, lines: list[str], source: Source) -> Splits:
+    texts = [[lines[i] for i in table["inputs"].tolist()] for table in splits]
+    tokenizer = words.make(source.tokenizer, texts[0], size=source.vocab, language=False)
+
+    def encoded(table: Table, mine: list[str]) -> Table:
+        columns = {**table.columns, **words.padded(tokenizer, mine, source.length)}
+        return replace(table, columns=columns, tokenizer=tokenizer)
+
+    return Splits(*(encoded(table, mine) for table, mine in zip(splits, texts, strict=True)))
+
+
+def _language(raws: dict[str, Raw], source: Source) -> Splits:
+    """Texts cut into train, validation and test stretches by place, since neighbouring stretches are alike."""
+    joined = {part: "\n".join(map(str, raw.inputs)) for part, raw in raws.items()}
+    plan, parts = _cut(raws, source.split)
+    if plan == "own":
+        texts = [joined["train"], joined["validation"], joined["test"]]
+    else:
+        whole = "\n".join(joined.values()) if plan == "all" else joined["train"]
+        first = round(parts["train"] * len(whole))
+        second = len(whole) if not parts["test"] else first + round(parts["validation"] * len(whole))
+        texts = [whole[:first], whole[first:second], whole[second:]]
+        if plan == "held out":
+            texts[2] = joined.get("test", joined.get("validation", ""))
+    tokenizer = words.make(source.tokenizer, texts[:1], size=source.vocab, language=True)
+    pad = int(getattr(tokenizer, "pad", words.PAD))
+
+    def table(text: str) -> Table:
+        columns = words.blocks(tokenizer.encode(text), source.length, pad)
+        return Table(columns, "tokens", name=source.name, tokenizer=tokenizer)
+
+    return Splits(*map(table, texts))
+
+
+# streams
+
+
+def stream(
+    spec: str | Path | Mapping[str, Any] | Source, batch_size: int, *, part: str = "train", seed: int = 0
+) -> Stream:
+    """Endless batches of a source that is read, not held: a hub set, or a jsonl, csv, tsv, parquet or text file.
+
+    Nothing is known of the whole, so pictures need `mean` and `std` (or normalise: false), class names must be given in
+    `classes` or be numbers, and the tokenizer is one that sees no text beforehand: hash for classification, bytes for
+    language, or a pretrained one. Examples come in the order of the source.
+    """
+    source = _source(spec)
+    default = "bytes" if source.kind == "language" else "hash"
+    tokenizer_name = source.tokenizer or default
+    if tokenizer_name in ("chars", "words"):
+        raise BadInput(
+            f"tokenizer {tokenizer_name!r} must see the whole text first; a stream takes hash, bytes or a folder"
+        )
+    tokenizer = words.make(tokenizer_name, (), size=source.vocab, language=source.kind == "language")
+    if source.name.startswith("hub:"):
+        parts = _hub_parts(source, streaming=True)
+        if part not in parts:
+            raise BadInput(f"{source.name} has no split {part!r}{nearest(part, parts)}")
+        features = getattr(parts[part], "features", None) or {}
+        names = getattr(features.get(source.labels or "label"), "names", None)
+        source = source if source.classes or not names else replace(source, classes=list(names))
+        rows: Callable[[], Iterable[dict[str, Any]]] = lambda: iter(parts[part])
+    else:
+        path, variant = _path(source)
+        chosen = stream_files(path, variant, part)
+        rows = lambda: itertools.chain.from_iterable(map(rows_of, chosen))
+    return Stream(lambda: _stream(rows(), source, part, tokenizer), batch_size, seed=seed, name=source.name)
+
+
+def _stream(
+    rows: Iterable[dict[str, Any]], source: Source, part: str, tokenizer: Tokenizer
+) -> Iterator[dict[str, Tensor]]:
+    rest: list[int] = []
+    pad = int(getattr(tokenizer, "pad", words.PAD))
+    for chunk in iter(lambda it=iter(rows): list(itertools.islice(it, 256)), []):  # type: ignore[misc]
+        raw = from_rows(chunk, source.name, source.inputs, source.labels)
+        kind = source.kind or raw.kind
+        if kind == "language":
+            for text in raw.inputs:
+                rest += tokenizer.encode(f"{text}\n")
+            whole = (len(rest) - 1) // source.length * source.length
+            columns = words.blocks(rest[: whole + 1], source.length, pad)
+            rest = rest[whole:]
+        elif kind == "rows":
+            raise BadInput(f"{source.name} has no pictures, texts or numbers to stream; name the columns in `inputs`")
+        else:
+            columns = _columns(raw, kind, source, part)
+            if kind == "text":
+                columns |= words.padded(tokenizer, raw.inputs, source.length, fixed=True)
+            if kind in ("images", "vectors") and source.normalise:
+                if not source.mean:
+                    raise BadInput("a stream cannot know its `mean` and `std`; give them, or say normalise: false")
+                table = Table(columns, kind, name=source.name)  # type: ignore[arg-type]
+                columns = _normalised(Splits(table, table, table), source).train.columns
+            labels, _ = _number_labels({part: raw}, source)
+            if part in labels:
+                columns["labels"] = labels[part]
+                if not source.classes and raw.labels is not None and not isinstance(raw.labels[0], (int, float)):
+                    raise BadInput(f"labels of {source.name} are names; a stream must be told `classes`, in order")
+        for i in range(len(next(iter(columns.values()), ()))):
+            yield {name: column[i] for name, column in columns.items()}

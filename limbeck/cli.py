@@ -1,0 +1,330 @@
+"""The command line. Importing this imports no torch; each command imports what it needs."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck.core.errors import BadInput, Interrupted, LimbeckError
+
+app = typer.Typer(
+    help="limbeck: teach a small model, shorten a sampler, condense a data set, shape the student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[Path, typer.Argument(help="a recipe, YAML")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Folder = Annotated[Path | None, typer.Option("--out", help="run folder; default runs/<name>-<time>")]
+
+
+def say(text: str = "") -> None:
+    """Print to the user."""
+    typer.echo(text)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="the 30-second version")] = False,
+    out: Annotated[Path, typer.Option("--out", help="folder for the four runs and report.html")] = Path("runs/demo"),
+) -> None:
+    """All four verbs on embedded data, with their controls, in at most three minutes; ends with report.html."""
+    from limbeck.demo import demo as run_demo
+
+    run_demo(quick=quick, folder=out)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="a recipe, YAML; none with --resume")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="changes such as train.epochs=3 match.dkd.beta=4")] = None,
+    out: Folder = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on in this run folder where it stopped")] = None,
+    check: Annotated[bool, typer.Option("--check", help="read, check and print the recipe, and stop")] = False,
+) -> None:
+    """Carry out a recipe: every seed, the student and its control; writes a run folder with report.html."""
+    from limbeck import recipe as recipes
+    from limbeck.progress import live
+
+    if resume is not None:
+        if recipe is not None:
+            raise BadInput("give a recipe or --resume FOLDER, not both: the folder holds its own recipe")
+        path = resume / "recipe.yaml"
+        if not path.exists():
+            raise BadInput(f"{resume} is no run folder: it holds no recipe.yaml")
+        chosen, out = recipes.load(path), resume
+    elif recipe is None:
+        raise BadInput("give a recipe file, or --resume FOLDER")
+    else:
+        chosen = recipes.load(recipe, overrides or [])
+    if check:
+        from limbeck.verbs.build import check_names
+
+        for stage in chosen.stages or [chosen]:
+            check_names(stage)
+        say(recipes.dump(chosen))
+        return
+    from limbeck.run import new_folder
+    from limbeck.run import run as carry_out
+
+    if out is not None and resume is None and (out / "recipe.yaml").exists():
+        raise BadInput(f"{out} holds a run already; go on with --resume {out}, or choose another folder")
+    folder = out or new_folder(Path("runs"), chosen.name)
+    with live() as progress:
+        try:
+            result = carry_out(chosen, folder=folder, resume=resume is not None, on_event=progress)
+        except Interrupted as stop:
+            raise Interrupted(f"{folder}; go on with: limbeck run --resume {folder}") from stop
+    from limbeck.report.tables import terminal
+
+    if (result.folder / "result.json").exists() and result.arms:
+        _show_table(terminal([result.folder]))
+    say(result.verdict)
+    say(str(result.folder))
+
+
+def _show_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@app.command("list")
+def list_methods(
+    family: Annotated[str, typer.Option("--family", help="losses, train/online, ...")] = "",
+    has: Annotated[str, typer.Option("--has", help="names at hand: only methods that ask for no others")] = "",
+    search: Annotated[str, typer.Option("--search", help="words in name, idea or paper")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Methods, with what they ask for."""
+    from limbeck.describe import chosen
+
+    found = chosen(family, {h for h in has.replace(" ", "").split(",") if h}, search)
+    if as_json:
+        say(json.dumps([f.as_dict() for f in found], indent=1))
+        return
+    width = max((len(f.name) for f in found), default=0)
+    where = max((len(f.folder) for f in found), default=0)
+    for f in found:
+        say(f"{f.name:<{width}}  {f.folder:<{where}}  {f.idea}")
+    say(f"{len(found)} methods" if len(found) != 1 else "1 method")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="a method")],
+    as_json: AsJson = False,
+) -> None:
+    """One method: idea, equation, knobs, what it asks for, paper, recipe, level, evidence."""
+    from limbeck.describe import describe
+
+    found = describe(name)
+    say(json.dumps(found.as_dict(), indent=1) if as_json else found.page())
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="the method's name: letters, digits and _")],
+    where: Annotated[str, typer.Option("--in", help="folder, such as losses/logits")],
+) -> None:
+    """Write the stub of a method and of its vector; nothing else has to be edited."""
+    from limbeck.conformance import stub
+    from limbeck.core import find
+    from limbeck.core.errors import nearest
+
+    folders = sorted({str(p.parent.relative_to(find.ROOT)) for f in find.FAMILIES for p in (find.ROOT / f).rglob("__init__.py")} - set(find.FAMILIES))
+    if where not in folders:
+        raise BadInput(f"there is no folder {where!r}{nearest(where, folders)}")
+    if not name.isidentifier() or name != name.lower():
+        raise BadInput(f"a method's name is a lower-case identifier, got {name!r}")
+    if name in find.names():
+        raise BadInput(f"{name!r} exists already: {find.names()[name]}")
+    from limbeck import catalogue
+
+    source, vector = stub(name, where)
+    method, numbers = find.ROOT / where / f"{name}.py", catalogue.vectors() / f"{name}.json"
+    method.write_text(source)
+    numbers.parent.mkdir(parents=True, exist_ok=True)
+    numbers.write_text(vector)
+    say(f"{method}\n{numbers}\nfill both in, then: limbeck check {name}")
+
+
+@app.command()
+def check(name: Annotated[str, typer.Argument(help="a method")], as_json: AsJson = False) -> None:
+    """The conformance suite for one method."""
+    from limbeck import conformance
+    from limbeck.core import find
+
+    find.get(name)
+    outcomes = conformance.run(name)
+    if as_json:
+        from dataclasses import asdict
+
+        say(json.dumps([asdict(o) for o in outcomes], indent=1, default=str))
+    else:
+        for o in outcomes:
+            mark = "excepted" if o.reason else ("passed" if o.passed else "FAILED")
+            say(f"{mark:<9} {o.check}" + (f": {o.reason or o.message}" if o.reason or not o.passed else ""))
+        failed = sum(not o.passed for o in outcomes)
+        say(f"{name}: {len(outcomes) - failed} of {len(outcomes)} checks hold")
+    if any(not o.passed for o in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def catalogue(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown tables")] = False,
+    family: Annotated[str, typer.Option("--family", help="one family of the catalogue")] = "",
+) -> None:
+    """Every row of the literature, what implements it, and the level its evidence supports."""
+    from limbeck import catalogue as rows
+
+    found = rows.rows(family)
+    if as_json:
+        say(rows.as_json(found))
+    elif as_markdown:
+        say(rows.markdown(found))
+    else:
+        from collections import Counter
+
+        width = max(len(r.key) for r in found)
+        for r in found:
+            say(f"{r.key:<{width}}  {r.level:<6} {', '.join(r.methods) or '-':<28} {r.title[:80]} ({r.year})")
+        counts = Counter(r.level for r in found)
+        say(f"{len(found)} rows: " + ", ".join(f"{counts[x]} {x}" for x in rows.LEVELS if counts[x]))
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str], typer.Argument(help="row keys, methods or recipe files")],
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="default: what the recipe expects")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a row's recipe over seeds with its control and write evidence/<key>.json."""
+    from limbeck.progress import live
+    from limbeck.verify import recipe_of
+    from limbeck.verify import verify as one
+
+    for name in names:
+        recipe_of(name)  # all names are checked before the first long run
+    gathered = []
+    for name in names:
+        with live(quiet=as_json) as progress:
+            try:
+                found = one(name, seeds=seeds, on_event=progress)
+            except Interrupted as stop:
+                again = " ".join(names[names.index(name) :])
+                raise Interrupted(f"{stop.folder}; go on with: limbeck verify {again}") from stop
+        gathered.append(found)
+        if not as_json:
+            from limbeck.catalogue import level
+
+            say(f"{found['key']}: {level(found['key'])}. {found['verdict']}")
+    if as_json:
+        say(json.dumps(gathered, indent=1))
+
+
+@app.command()
+def label(
+    recipe: Recipe,
+    overrides: Annotated[list[str] | None, typer.Argument(help="changes such as topk=5 store=signals")] = None,
+    out: Folder = None,
+) -> None:
+    """Write a teacher's signals for a data set to a store, which `teach` reads instead of running the teacher."""
+    from limbeck import recipe as recipes
+    from limbeck.progress import live
+    from limbeck.run import new_folder
+    from limbeck.run import run as carry_out
+
+    chosen = recipes.load(recipe, overrides or []).with_changes({"do": "label"})
+    folder = out or new_folder(Path("runs"), chosen.name)
+    with live() as progress:
+        try:
+            result = carry_out(chosen, folder=folder, on_event=progress)
+        except Interrupted as stop:
+            raise Interrupted(f"{folder}; run the same command again to go on") from stop
+    say(result.verdict)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, side by side")],
+    out: Annotated[Path | None, typer.Option("--out", help="default: report.html in the first run")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown instead")] = False,
+) -> None:
+    """One self-contained HTML page for one run, or several side by side."""
+    from limbeck.report.page import html
+    from limbeck.report.tables import markdown
+
+    if as_markdown:
+        say(markdown(runs))
+        return
+    say(str(html(runs, out or runs[0] / "report.html")))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    to: Annotated[str, typer.Option("--to", help="torch, safetensors, hf or onnx")] = "safetensors",
+    out: Annotated[Path | None, typer.Option("--out", help="default: <run>/export")] = None,
+) -> None:
+    """Write the student as a plain model: no hooks, wrappers, projectors or teacher."""
+    from limbeck.export import export as write
+
+    say(str(write(run, to, out or run / "export")))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, extras, threads, and a ten-second self-test."""
+    from limbeck.doctor import examine
+
+    lines, healthy = examine()
+    for line in lines:
+        say(line)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of a recipe, for editors."""
+    from limbeck.recipe import Recipe as Model
+
+    say(json.dumps(Model.model_json_schema(), indent=1))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except Interrupted as error:
+        typer.echo(f"limbeck: {error}", err=True)
+        sys.exit(error.code)
+    except LimbeckError as error:
+        typer.echo(f"limbeck: {error}", err=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        typer.echo("limbeck: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        typer.echo(f"limbeck: {error}", err=True)  # a method's own `require`
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted with the state saved."""
+    with _exit_codes():
+        app()

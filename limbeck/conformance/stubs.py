@@ -1,0 +1,4 @@
+"""x"""
+def stub(name: str, folder: str) -> tuple[str, str]:
+    """x"""
+    return "", ""

@@ -1,0 +1,121 @@
+"""Small random tensors for every name of the vocabulary, shaped as losses and measures meet them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from limbeck.core import find
+from limbeck.core.errors import BadInput
+
+B, T, C, N, K = 6, 3, 5, 24, 4  # examples, tokens, classes, examples of the whole set, kept entries or negatives
+WHOLE = ("student_head", "teacher_head", "edges", "progress", "features", "curves")  # no dimension counts examples
+Inputs = dict[str, Any]
+
+
+def tensors(
+    method: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    lead: tuple[int, ...] | None = None,
+    seed: int = 0,
+    optional: bool = True,
+) -> Inputs:
+    """What `method` asks for: {name: tensor, or list of tensors}.
+
+    scale: factor on every floating-point signal. lead: leading dimensions of logits and labels; (B, T) for losses on
+    tokens, else (B,). optional: also what it takes when it is there.
+    """
+    names = find.needs(method) + (find.wants(method) if optional else [])
+    if lead is None:
+        lead = (B, T) if ".tokens." in f"{method.__module__}." else (B,)
+    made = {name: _make(name, lead, Generator().manual_seed(1000 * seed + _salt(name))) for name in names}
+    return {name: _cast(name, value, dtype, scale) for name, value in made.items()}
+
+
+def _salt(name: str) -> int:
+    return sum(i * ord(c) for i, c in enumerate(name, 1))
+
+
+def _cast(name: str, value: Any, dtype: torch.dtype, scale: float) -> Any:
+    if isinstance(value, list):
+        return [_cast(name, v, dtype, scale) for v in value]
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    scaled = value * scale if name.startswith(("student_", "teacher_", "teachers_")) and "logprobs" not in name else value
+    return scaled.to(dtype)
+
+
+def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    side, _, rest = name.partition("_")
+    wide = 1 if side == "teacher" else 0  # teachers are wider than students
+    kinds: dict[str, Callable[[], Any]] = {
+        "inputs": lambda: normal(B, 1, 8, 8),
+        "labels": lambda: torch.randint(C, lead, generator=g),
+        "mask": lambda: torch.arange(lead.numel() if isinstance(lead, torch.Size) else torch.Size(lead).numel()).view(lead) % 3 != 1,
+        "index": lambda: torch.randperm(N, generator=g)[:B],
+        "domain": lambda: torch.randint(2, (B,), generator=g),
+        "weights": lambda: torch.rand(B, generator=g, dtype=torch.float64) + 0.1,
+        "progress": lambda: 0.5,
+        "negatives": lambda: torch.randint(N, (B, K), generator=g),
+        "foreground": lambda: torch.rand(B, 4, generator=g) > 0.5,
+        "edges": lambda: torch.randint(B, (2, 2 * B), generator=g),
+        "features": lambda: normal(N, 3),
+        "curves": lambda: normal(4, N),
+        "teachers_logits": lambda: normal(2, *lead, C),
+        "teacher_ids": lambda: torch.rand(*lead, C, generator=g).argsort(-1)[..., :K],
+        "teacher_logprobs": lambda: normal(*lead, C).log_softmax(-1).sort(-1, descending=True).values[..., :K],
+        "real_samples": lambda: normal(N, 3),
+        "logits": lambda: normal(*lead, C),
+        "feats": lambda: [normal(B, 3 + 2 * wide, 8, 8), normal(B, 4 + 2 * wide, 4, 4)],
+        "attn": lambda: [normal(B, 2, T, T).softmax(-1) for _ in range(2 + wide)],
+        "emb": lambda: normal(B, 3 + wide),
+        "hidden": lambda: normal(B, T, 3 + wide),
+        "head": lambda: normal(C, 3 + wide),
+        "vocab_logits": lambda: normal(B, T + wide, 7 + 2 * wide),
+        "map": lambda: normal(B, C, 4, 4),
+        "cls": lambda: normal(B, 4, C),
+        "box": lambda: normal(B, 4, 4).abs().cumsum(-1),
+        "heat": lambda: normal(B, 2, 4, 4),
+        "scores": lambda: normal(B, 7),
+        "image": lambda: normal(B, 3 + wide),
+        "text": lambda: normal(B, 3 + wide),
+        "samples": lambda: normal(N, 3),
+    }
+    key = name if name in kinds else rest
+    if key not in kinds:
+        raise BadInput(f"the suite has no toy for {name!r}; add it to limbeck/conformance/tensors.py")
+    return kinds[key]()
+
+
+def leaves(inputs: Inputs, side: str) -> list[tuple[str, Tensor]]:
+    """The floating-point tensors of one side ("student", "teacher"), each with the name it came under."""
+    found: list[tuple[str, Tensor]] = []
+    for name, value in inputs.items():
+        if name.split("_")[0].rstrip("s") == side:
+            found += [(name, v) for v in (value if isinstance(value, list) else [value]) if v.is_floating_point()]
+    return found
+
+
+def change(inputs: Inputs, rule: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """New inputs: `rule(name, tensor)` of every tensor, within lists too; everything else as it was."""
+    return {
+        name: [rule(name, v) for v in value] if isinstance(value, list) else rule(name, value) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def fresh(inputs: Inputs, *, grad: bool = True) -> Inputs:
+    """Copies that share nothing with the originals; floating-point ones ask for a gradient if `grad`."""
+    return change(inputs, lambda _, v: v.detach().clone().requires_grad_(grad and v.is_floating_point()))
+
+
+def permute(inputs: Inputs, order: Tensor) -> Inputs:
+    """The same examples in another order."""
+    moved = {"teachers_logits": 1}
+    return change(inputs, lambda name, v: v if name in WHOLE else v.index_select(moved.get(name, 0), order))

@@ -1,0 +1,63 @@
+"""Reference numbers: tests/vectors/NAME.json, read as tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.core.errors import BadInput
+from limbeck.core.find import ROOT
+
+INTEGERS = {"labels", "index", "negatives", "teacher_ids", "edges", "domain"}
+BOOLEANS = {"mask", "foreground"}
+_chosen: list[Path] = []
+
+
+def use(folder: Path | None) -> None:
+    """Read vectors from `folder` from now on; None goes back to the repository's."""
+    _chosen[:] = [folder] if folder else []
+
+
+def folder() -> Path:
+    """Where the vectors lie: the folder given, the repository's tests/vectors, or that of the working directory."""
+    places = _chosen or [ROOT.parent / "tests" / "vectors", Path.cwd() / "tests" / "vectors"]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise BadInput(
+        f"no reference vectors in {places[-1]}; an installed package has none: give the folder that holds NAME.json"
+    )
+
+
+def read(name: str) -> dict[str, Any]:
+    """The vector of a method as written. Raises BadInput when there is none, or when it is no JSON."""
+    file = folder() / f"{name}.json"
+    if not file.is_file():
+        raise BadInput(f"{name!r} has no reference vector; write {file}")
+    try:
+        vector: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file} is no JSON: {error}") from error
+    return vector
+
+
+def tensor(name: str, value: Any) -> Any:
+    """A nested list as the tensor, or list of tensors, that `name` stands for; floating point in fp64."""
+    if name.endswith(("_feats", "_attn")):
+        return [_number(name, v) for v in value]
+    return _number(name, value)
+
+
+def _number(name: str, value: Any) -> Tensor:
+    if name in INTEGERS:
+        return torch.tensor(value, dtype=torch.long)
+    if name in BOOLEANS:
+        return torch.tensor(value, dtype=torch.bool)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def inputs(vector: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a vector as tensors, in the order in which they are written."""
+    return {name: tensor(name, value) for name, value in vector.get("inputs", {}).items()}

@@ -1,0 +1,108 @@
+"""One learner, its teacher, and what is matched between the two: what schemes with several such pairs share."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.errors import BadInput
+from limbeck.core.match import Match, parse
+from limbeck.core.nets import Batch, Nets
+from limbeck.core.reduce import Part
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a learner is trained on.
+
+    learner: the player. teacher: another player, '' for nobody; "teacher" may also be a store, whose signals the
+    batches bring. matches: the losses; to them the learner is the student. losses: where the losses that own weights
+    live, once `build` has made them.
+    """
+
+    learner: str
+    teacher: str
+    matches: tuple[Match, ...]
+    losses: str = "losses"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any loss asks for what only a teacher can say."""
+        return any(name.startswith("teacher_") for m in self.matches for name in m.needs)
+
+    def gather(self, nets: Nets, batch: Batch) -> dict[str, Any]:
+        """Everything that losses may ask for, by name; the teacher speaks in eval mode and without gradient."""
+        stored = self.teacher == "teacher" and any(k.startswith("teacher_") for k in batch)
+        have = {k: v for k, v in batch.items() if stored or not k.startswith("teacher_")}
+        have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch).items()}
+        if self.uses_teacher and not stored:
+            if not self.teacher or self.teacher.split(".")[0] not in nets:
+                raise BadInput("a loss asks for the teacher, but there is neither a teacher nor a store of its signals")
+            with torch.no_grad():
+                have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch).items()}
+        return have
+
+    def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
+        """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
+        with without_traces(nets):
+            have = self.gather(nets, probe)
+            shapes = {name: shape(value) for name, value in have.items()}
+            if "index" in probe:
+                shapes["index"] = (int(probe.get("examples") or probe["index"].max() + 1),)
+            for m in self.matches:
+                same_classes(m, shapes)
+                if not m.is_module:
+                    m.part(have, 0.0)
+        return nn.ModuleDict({m.name: m.build(shapes) for m in self.matches if m.is_module})
+
+    def parts(self, nets: Nets, batch: Batch, progress: float) -> dict[str, Part]:
+        """The weighted mean of every loss, by name."""
+        have = {**self.gather(nets, batch), "progress": progress}
+        owned: Any = nets.find(self.losses) if any(m.is_module for m in self.matches) else {}
+        return {m.name: m.part(have, progress, owned[m.name] if m.is_module else None) for m in self.matches}
+
+
+def parse_all(specs: Iterable[Any]) -> tuple[Match, ...]:
+    """Parse losses; the second of a name is called name_2, so that none hides another."""
+    out: list[Match] = []
+    for match in map(parse, specs):
+        times = 1 + sum(m.loss is match.loss for m in out)
+        out.append(match if times == 1 else replace(match, name=f"{match.name}_{times}"))
+    return tuple(out)
+
+
+def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:
+    """Refuse a loss that compares class by class where student and teacher know different numbers of classes."""
+    asked = {n: shapes[n][-1] for n in match.needs if n.endswith("_logits") and n in shapes}
+    if len(set(asked.values())) > 1 and "vocab" not in "".join(asked):
+        counts = " and ".join(f"the {n.split('_')[0]} has {c} classes" for n, c in asked.items())
+        raise BadInput(f"`{match.name}` compares classes one by one, but {counts}")
+
+
+def shape(value: Any) -> Any:
+    """The shape of a tensor, or those of a list of tensors; () for anything else."""
+    if isinstance(value, (list, tuple)):
+        return [tuple(v.shape) for v in value]
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+@contextmanager
+def without_traces(nets: Nets) -> Iterator[None]:
+    """Inside, every network is in eval mode and there is no gradient, so that no statistics move."""
+    modes = [(layer, layer.training) for module in nets.modules.values() for layer in module.modules()]
+    try:
+        for module in nets.modules.values():
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+def without_teacher(matches: Iterable[Match]) -> tuple[Match, ...]:
+    """The losses that ask for no teacher; plain cross-entropy with the labels when there is none."""
+    return tuple(m for m in matches if not any(n.startswith("teacher_") for n in m.needs)) or (parse("ce"),)

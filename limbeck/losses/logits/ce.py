@@ -1,0 +1,29 @@
+"""The plain loss on hard labels, with optional smoothing: what every distillation is compared with."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.core.card import method, require
+from limbeck.core.maths import upcast
+
+
+@method(
+    paper="Szegedy et al. 2016, section 7",
+    year=2015,
+    arxiv="1512.00567",
+    differs="without smoothing it is the label term of every recipe, older than this paper",
+    row="kd",
+)
+def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """-sum_c q_c log softmax(student)_c, q = (1 - e) onehot(label) + e / C.  [..., C], [...] -> [...]
+
+    label_smoothing: e in [0, 1), the mass spread evenly over the C classes.
+
+    *Needs*: labels; for language, the next token at each place.
+    *Relates to*: use it alone for the control, next to `kd` or any other loss for the student. A teacher trained with
+        smoothing tells less about the wrong classes.
+    *Differs*: see the card.
+    """
+    require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "in [0, 1)")
+    logits = upcast(student_logits).flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=label_smoothing).view_as(labels)

@@ -1,0 +1,56 @@
+"""The student keeps the shape of the cloud of examples: their distances and the angles between them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.core.card import method, require
+from limbeck.core.maths import gram, pairwise_distances, upcast
+
+
+@method(
+    paper="Park et al. 2019, eq. 4-10",
+    year=2019,
+    arxiv="1904.05068",
+    code="lenscloth/RKD@0a6c3c0:metric/loss.py",
+    differs="mean over all N^2 pairs and N^3 triples as in the code; the paper's sums are N^2 and N^3 times that. "
+    "Defaults are the weights of the classification recipes; the paper's own for metric learning are 1 and 2",
+    zero_at_match=True,
+)
+def rkd(
+    student_emb: Tensor, teacher_emb: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0
+) -> Tensor:
+    """distance_weight Huber(d_s, d_t) + angle_weight Huber(cos_s, cos_t) over a batch.  [B, D], [B, E] -> []
+
+    d_ij = |e_i - e_j| over its mean in the batch; cos_ijk = <u_ij, u_kj> with u_ij = (e_i - e_j) / |e_i - e_j|. Huber
+    has its threshold at 1. Rotating, shifting or scaling either cloud changes nothing, so widths may differ and no
+    projector is needed.
+
+    distance_weight: weight of the pairs, >= 0.
+    angle_weight: weight of the triples, >= 0; the stronger term. Memory grows with B^3: 8 MiB a tensor at B = 128.
+
+    *Needs*: embeddings of both, at least 3 examples (2 have one distance and no angle: the loss is 0).
+    *Relates to*: alone (1 and 2, no task loss) for metric learning; for classification beside `ce` and `kd`. Use `crd`
+        when examples should also be told apart, `fitnets` when coordinates matter.
+    *Differs*: see the card.
+    """
+    require(distance_weight >= 0, "distance_weight", distance_weight, ">= 0")
+    require(angle_weight >= 0, "angle_weight", angle_weight, ">= 0")
+    student, teacher = upcast(student_emb).flatten(1), upcast(teacher_emb).flatten(1).detach()
+    distance = F.smooth_l1_loss(_distances(student), _distances(teacher))
+    angle = F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+    return distance_weight * distance + angle_weight * angle
+
+
+def _distances(points: Tensor) -> Tensor:
+    """Distances [B, B] in units of their mean over the pairs of two examples."""
+    d, n = pairwise_distances(points), len(points)
+    return d * n * (n - 1) / d.sum().clamp_min(torch.finfo(d.dtype).tiny)
+
+
+def _cosines(points: Tensor) -> Tensor:
+    """cos of the angle at j between i and k, [j, i, k]; 0 where two of the points coincide."""
+    arrows = points.unsqueeze(0) - points.unsqueeze(1)
+    length = arrows.square().sum(-1, keepdim=True)
+    apart = length > 0  # a plain norm would send an infinite gradient through equal points
+    return gram(torch.where(apart, arrows / torch.where(apart, length, 1.0).sqrt(), 0.0))

@@ -1,0 +1,300 @@
+"""Carries a recipe out: seeds x arms (student, control, teacher ...), the gain over the control, and the report."""
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck.core import find
+from limbeck.core.batches import Splits
+from limbeck.core.errors import BadInput, nearest
+from limbeck.recipe import Recipe, dump
+from limbeck.report import numerals, statistics
+from limbeck.verbs import build, condense, label, shape, shorten, teach
+from limbeck.verbs.setting import Event, Outcome, Setting
+
+VERBS: dict[str, ModuleType] = {"teach": teach, "condense": condense, "shorten": shorten, "shape": shape}
+REPORTED = ("torch", "numpy", "accelerate", "safetensors", "limbeck")
+
+
+@dataclass
+class Result:
+    """What a run gave.
+
+    artefact: the student (an nn.Module) or the condensed set (a Table), of the first seed. metrics: its test metrics,
+    mean over seeds. control: the same of the control. gain: how much better than the control, in the deciding metric.
+    folder: recipe, logs, weights, result.json and report.html.
+    """
+
+    artefact: Any
+    metrics: dict[str, float]
+    control: dict[str, float]
+    gain: statistics.Gain
+    verdict: str
+    folder: Path
+    arms: dict[str, list[Outcome]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.verdict} ({self.folder})"
+
+
+def run(
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    root: Path = Path("runs"),
+    resume: bool = False,
+    on_event: Event | None = None,
+    shared: Path | None = None,
+) -> Result:
+    """Run a recipe (every stage, every seed, every arm) in a new folder below `root`, or in `folder`.
+
+    resume: go on in `folder` where it stopped. shared: a folder of finished controls that runs in one setting share.
+    Raises BadInput before anything is written when the recipe cannot be carried out.
+    """
+    folder = folder or new_folder(root, recipe.name)
+    if recipe.stages:
+        return _stages(recipe, folder, resume, on_event, shared)
+    setting = build.setting(recipe, folder, on_event, resume)
+    return carry_out(setting, shared=shared)
+
+
+def carry_out(setting: Setting, *, shared: Path | None = None) -> Result:
+    """Run every arm under every seed of a setting that is already bound to data and networks."""
+    recipe, folder = setting.recipe, setting.folder
+    if recipe.do in ("label", "train", "evaluate"):
+        return label.run(setting)
+    verb = VERBS[recipe.do]
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    arms: dict[str, list[Outcome]] = {arm: [] for arm in verb.arms(recipe)}
+    artefact: Any = None
+    for seed in recipe.seeds:
+        for arm in arms:
+            where = folder / f"seed-{seed}" / ("" if arm == "student" else arm)
+            outcome = Outcome.load(where) if setting.resume else None
+            if outcome is None:
+                outcome, made = _arm(setting, verb, arm, seed, where, shared)
+                outcome.save(where)
+                artefact = made if arm == "student" and artefact is None else artefact
+            elif arm == "student" and artefact is None and hasattr(verb, "artefact"):
+                artefact = verb.artefact(setting, where)
+            arms[arm].append(outcome)
+    result = summary(recipe, arms, time.monotonic() - began)
+    if hasattr(verb, "pictures"):
+        result["pictures"] = verb.pictures(setting, folder)
+    _write(folder / "result.json", result)
+    from limbeck.report.page import html
+
+    html([folder], folder / "report.html")
+    gain = statistics.Gain(**{k: v for k, v in result["gain"].items()})
+    return Result(
+        artefact, mean_metrics(arms["student"]), mean_metrics(arms.get("control", [])), gain, result["verdict"], folder, arms
+    )
+
+
+def _arm(
+    setting: Setting, verb: ModuleType, arm: str, seed: int, where: Path, shared: Path | None
+) -> tuple[Outcome, Any]:
+    """One arm; a control that another run in the same setting has finished is taken from there."""
+    place = shared / _shared_key(setting.recipe, verb, arm, seed) if shared and arm != "student" else None
+    if place is not None and (known := Outcome.load(place)) is not None:
+        return known, None
+    if setting.on_event is not None:
+        setting.on_event({"arm": arm, "seed": seed, "label": verb.label(setting.recipe, arm)})
+    outcome, made = verb.run(setting, arm, seed, where)
+    if place is not None:
+        outcome.save(place)
+    return outcome, made
+
+
+def _shared_key(recipe: Recipe, verb: ModuleType, arm: str, seed: int) -> str:
+    """What decides a control's result: its recipe without what only the student reads, the seed, and the code."""
+    body = (verb.control_recipe(recipe) if arm == "control" else recipe).model_dump(mode="json")
+    for key in ("name", "row", "seeds", "expect", "control"):
+        body.pop(key)
+    if arm != "control":
+        for key in ("method", "match", "train"):
+            body.pop(key)
+    text = json.dumps([recipe.do, arm, seed, body, source_digest()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def source_digest() -> str:
+    """Hash of the code that every control runs through."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for part in ("core", "zoo", "verbs", "train/plain"):
+        for file in sorted((root / part).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def mean_metrics(outcomes: list[Outcome]) -> dict[str, float]:
+    """Mean over seeds of every metric."""
+    names = {name: None for outcome in outcomes for name in outcome.metrics}
+    return {n: sum(o.metrics[n] for o in outcomes if n in o.metrics) / max(1, sum(n in o.metrics for o in outcomes)) for n in names}
+
+
+def deciding(recipe: Recipe, arms: Mapping[str, list[Outcome]]) -> str:
+    """The metric that decides: the recipe's, what it expects, or the first measured."""
+    measured = arms["student"][0].metrics
+    wanted = recipe.metric or (recipe.expect.metric if recipe.expect else "") or next(iter(measured))
+    if wanted not in measured:
+        raise BadInput(f"the metric {wanted!r} was not measured{nearest(wanted, measured)}")
+    return wanted
+
+
+def summary(recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float) -> dict[str, Any]:
+    """result.json: figures by arm and seed, the gain with its interval, versions, citations."""
+    metric = deciding(recipe, arms)
+    higher = not numerals.lower_is_better(metric)
+    against = recipe.expect.beats if recipe.expect else "control"
+    if against not in arms:
+        raise BadInput(f"`expect.beats` names {against!r}, but the arms of {recipe.do!r} are {', '.join(arms)}")
+    values = {arm: [o.metrics.get(metric, float("nan")) for o in outcomes] for arm, outcomes in arms.items()}
+    gain = statistics.gain(values["student"], values[against], higher_is_better=higher, against=against)
+    names = methods_of(recipe)
+    return {
+        "name": recipe.name,
+        "do": recipe.do,
+        "metric": metric,
+        "higher_is_better": higher,
+        "seeds": recipe.seeds,
+        "arms": {
+            arm: {
+                "label": outcomes[0].label,
+                "per_seed": [o.metrics for o in outcomes],
+                "parameters": outcomes[0].parameters,
+                "bytes": outcomes[0].bytes,
+                "latency_ms": outcomes[0].latency_ms,
+                "seconds": [round(o.seconds, 3) for o in outcomes],
+            }
+            for arm, outcomes in arms.items()
+        },
+        "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high, "n": gain.n, "against": against},
+        "verdict": statistics.verdict(gain, metric, higher_is_better=higher, do=recipe.do),
+        "versions": versions(),
+        "commit": commit(),
+        "recipe_hash": recipe.digest,
+        "seconds": round(seconds, 2),
+        "device": str(torch.get_default_device()),
+        "methods": names,
+        "citations": [{"paper": c.paper, "arxiv": c.arxiv} for c in (find.get(n).card for n in names)],
+    }
+
+
+def methods_of(recipe: Recipe) -> list[str]:
+    """Names of all methods that a recipe uses, each once."""
+    return list(dict.fromkeys(VERBS[recipe.do].methods(recipe))) if recipe.do in VERBS else []
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    out = {"python": platform.python_version()}
+    for name in REPORTED:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def commit() -> str:
+    """The commit of the checkout that the code was run from, '' outside one; '+' marks local changes."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain", "limbeck"], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """runs/<name>-<time>, not yet there."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder, n = root / f"{name}-{stamp}", 1
+    while folder.exists():
+        n += 1
+        folder = root / f"{name}-{stamp}-{n}"
+    return folder
+
+
+def _write(path: Path, body: Mapping[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(body, indent=1))
+    draft.rename(path)
+
+
+def _stages(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, shared: Path | None) -> Result:
+    """Stages one after the other; later ones name what earlier ones made as `stage:NAME`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    result: Result | None = None
+    for stage in recipe.stages:
+        place = folder / stage.name
+        bound = _with_stages(stage, folder)
+        result = run(bound, folder=place, resume=resume and place.exists(), on_event=on_event, shared=shared)
+    assert result is not None
+    for name in ("result.json", "report.html"):
+        if (result.folder / name).exists():
+            (folder / name).write_bytes((result.folder / name).read_bytes())
+    return result
+
+
+def _with_stages(stage: Recipe, folder: Path) -> Recipe:
+    def follow(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("stage:"):
+            return str(folder / value.removeprefix("stage:"))
+        if isinstance(value, Mapping):
+            return {k: follow(v) for k, v in value.items()}
+        return [follow(v) for v in value] if isinstance(value, list) else value
+
+    return Recipe.model_validate(follow(stage.model_dump(exclude_unset=True)))
+
+
+# ---- without YAML ----------------------------------------------------------------------------------------------------
+Network = nn.Module | Callable[[], nn.Module] | str | Mapping[str, Any]
+
+
+def in_python(
+    do: str,
+    *,
+    networks: Mapping[str, Network | None],
+    data: Any,
+    folder: str | Path | None,
+    on_event: Event | None,
+    seeds: int | Iterable[int],
+    settings: Mapping[str, Any],
+) -> Result:
+    """The common part of teach, condense, shorten and shape: a recipe for the record, and networks given as objects."""
+    given = {k: v for k, v in settings.items() if v is not None}
+    names = {role: build.spec_of(net) for role, net in networks.items() if net is not None}
+    body = {
+        "name": given.pop("name", None) or do,
+        "do": do,
+        "seeds": seeds if isinstance(seeds, int) else list(seeds),
+        **{role: spec for role, spec in names.items() if role in ("teacher", "student")},
+        **({"data": data} if isinstance(data, (str, dict)) else {}),
+        **given,
+    }
+    from limbeck.recipe import check
+
+    recipe = check(body, f"limbeck.{do}")
+    where = Path(folder) if folder is not None else new_folder(Path("runs"), recipe.name)
+    splits: Splits = build.as_splits(data, recipe)
+    setting = build.setting(recipe, where, on_event, False, splits=splits, networks=networks)
+    return carry_out(setting)

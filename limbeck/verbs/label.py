@@ -1,0 +1,68 @@
+"""label: a teacher's signals go to a store. train: one network, on labels. evaluate: measures only. None has a control."""
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from limbeck.core.errors import BadInput
+from limbeck.report.statistics import Gain
+from limbeck.verbs.setting import (
+    Setting,
+    batches_of,
+    cost,
+    default_measures,
+    judge,
+    learner_of,
+    method_of,
+    one,
+    save_network,
+    validator,
+)
+
+
+def run(setting: Setting) -> Any:
+    """Carry out one of the verbs without control."""
+    from limbeck.recipe import dump
+    from limbeck.run import Result
+
+    recipe, folder = setting.recipe, setting.folder
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    nothing = Gain(float("nan"), float("nan"), float("nan"), 0)
+    if recipe.do == "label":
+        info = _label(setting)
+        return Result(info, {}, {}, nothing, str(info), folder)
+    role = "student" if recipe.do == "train" or "student" in setting.builders else "teacher"
+    seed = recipe.seeds[0]
+    torch.manual_seed(seed)
+    if recipe.do == "train":
+        changed = recipe if recipe.method or "match" in recipe.model_fields_set else recipe.with_changes({"match": ["ce"]})
+        method = method_of(changed)
+        nets = setting.nets(changed, method)
+        learner = learner_of(method)
+        batches = batches_of(recipe, setting.splits.train, seed)
+        validate = None if hasattr(nets.find(learner), "schedule") else validator(setting.splits.validation, recipe.train, learner, recipe.metric)
+        setting.fit(method, nets, recipe.train, batches, seed=seed, folder=folder, validate=validate)
+        module = nets.find(learner)
+        save_network(module, folder, recipe.student)
+    else:
+        module = setting.build(role)
+    if hasattr(module, "schedule"):  # a denoiser is judged by what it samples: `do: shorten`
+        return Result(module, {}, {}, nothing, f"trained {role} in {time.monotonic() - began:.0f} s", folder)
+    metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
+    figures = cost(module, one(setting.splits.test))
+    (folder / "metrics.json").write_text(json.dumps({**metrics, **figures}, indent=1))
+    text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+    return Result(module, metrics, {}, nothing, f"{text} on {len(setting.splits.test)} test examples", folder)
+
+
+def _label(setting: Setting) -> Any:
+    from limbeck.core.store import capture
+
+    recipe = setting.recipe
+    if setting.teacher is None:
+        raise BadInput("labelling needs a teacher, and the recipe names none")
+    raise NotImplementedError(capture, recipe)

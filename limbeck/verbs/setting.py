@@ -1,0 +1,301 @@
+"""What every verb works with: the recipe, its data, how to build its networks, and where to write."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from limbeck.core import find, knobs
+from limbeck.core.batches import Batches, Splits, Table
+from limbeck.core.errors import BadInput, LimbeckError, nearest
+from limbeck.core.evaluate import logits as predict
+from limbeck.core.loop import Fitted, Method, Plan, fit
+from limbeck.core.nets import Nets
+from limbeck.core.taps import Taps, unwrap
+from limbeck.recipe import Net, Recipe, Spec, Train
+from limbeck.report.numerals import lower_is_better
+
+COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
+CURVE = 512  # validation examples for the curve in the report, when nothing is selected by it
+
+Event = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Outcome:
+    """What one arm gave under one seed. latency_ms: median of one forward pass on one example."""
+
+    label: str
+    metrics: dict[str, float]
+    parameters: int = 0
+    bytes: int = 0
+    latency_ms: float = 0.0
+    seconds: float = 0.0
+    pictures: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write outcome.json, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / ".outcome.json"
+        draft.write_text(json.dumps(asdict(self), indent=1))
+        draft.rename(folder / "outcome.json")
+
+    @staticmethod
+    def load(folder: Path) -> "Outcome | None":
+        """The outcome written there, or None."""
+        path = folder / "outcome.json"
+        return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+
+@dataclass
+class Setting:
+    """A recipe bound to data and networks.
+
+    builders: role -> how to make that network with fresh random weights (or the given ones). teacher: shared by all
+    arms, frozen. folder: of the run. resume: whether unfinished arms go on from their checkpoints.
+    """
+
+    recipe: Recipe
+    splits: Splits
+    builders: dict[str, Callable[[], nn.Module]]
+    folder: Path
+    teacher: nn.Module | None = None
+    taps: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    on_event: Event | None = None
+    resume: bool = False
+
+    def build(self, role: str) -> nn.Module:
+        """A network for a role. Raises BadInput when the recipe does not say how to make it."""
+        if role not in self.builders:
+            raise BadInput(f"the recipe {self.recipe.name!r} names no {role}{nearest(role, self.builders)}")
+        return self.builders[role]()
+
+    def nets(self, recipe: Recipe, method: Method, *, teacher: bool = True) -> Nets:
+        """The networks that a method trains or asks, under their roles."""
+        nets = Nets()
+        learner = learner_of(method)
+        if "student" in self.builders:
+            nets.factories["student"] = self.builders["student"]
+            if learner == "student":
+                nets.student = self.build("student")
+        if teacher and self.teacher is not None:
+            nets.teacher = self.teacher
+        for role in recipe.nets:
+            nets.factories[role] = self.builders[role]
+            if role not in ("assistant", "peer", "client"):  # one of many: the method builds as many as it wants
+                setattr(nets, role, self.build(role))
+        for role, paths in self.taps.items():
+            if role in nets and paths:
+                nets.taps[role] = Taps(nets.find(role), paths)
+        return nets
+
+    def pools(self, recipe: Recipe, method: Method, seed: int) -> Any:
+        """Training batches, or one stream a data pool for methods that read several (tasks, clients)."""
+        table = self.splits.train
+        if not hasattr(method, "pools"):
+            return batches_of(recipe, table, seed)
+        return {
+            name: batches_of(recipe, table.select(rows), seed) for name, rows in method.pools(table["labels"]).items()
+        }
+
+    def fit(
+        self,
+        method: Method,
+        nets: Nets,
+        train: Train,
+        batches: Iterable[Any] | Mapping[str, Iterable[Any]],
+        *,
+        seed: int,
+        folder: Path,
+        validate: Callable[[Nets], dict[str, float]] | None = None,
+    ) -> Fitted:
+        """Run the loop in `folder`, going on from its checkpoint when resuming."""
+        first = next(iter(batches.values())) if isinstance(batches, Mapping) else batches
+        per_epoch = getattr(first, "steps_per_epoch", None)
+        plan = make_plan(train, per_epoch, seed)
+        resume = self.resume and any((folder / "checkpoints").glob("step-*"))
+        return fit(method, nets, batches, plan, validate=validate, folder=folder, resume=resume, on_event=self.on_event)
+
+
+def learner_of(method: Any) -> str:
+    """The player whose network is the result."""
+    return str(getattr(method, "learner", "student"))
+
+
+def make_plan(train: Train, per_epoch: int | None, seed: int) -> Plan:
+    """The loop's plan from a recipe's `train` block."""
+    if train.steps is None and train.epochs is None and train.minutes is None:
+        raise BadInput("`train` needs epochs, steps or minutes")
+    if train.steps is not None:
+        steps = train.steps
+    elif train.epochs is not None:
+        if per_epoch is None:
+            raise BadInput("the data stream has no known length: give train.steps instead of train.epochs")
+        steps = max(1, round(train.epochs * per_epoch / train.accumulate))
+    else:
+        steps = 10**9
+    every = train.validate_every
+    if every is None:
+        every = max(1, per_epoch or steps // 10) if train.select else max(1, steps // 10)
+    return Plan(
+        steps=steps,
+        optimizer=train.optimizer,
+        optimizers=train.optimizers,
+        schedule=train.schedule,
+        accumulate=train.accumulate,
+        clip=train.clip,
+        precision=train.precision,
+        ema=train.ema,
+        max_minutes=train.minutes,
+        validate_every=every,
+        save_every=train.save_every,
+        log_every=train.log_every,
+        select=train.select,
+        maximise=not lower_is_better(train.select),
+        seed=seed,
+    )
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The training method that the recipe names; by default the plain scheme with its losses."""
+    if recipe.method is None:
+        return knobs.make("distill", {"match": tuple(recipe.match)})  # type: ignore[no-any-return]
+    name, given = knobs.split(recipe.method)
+    if name == "distill" or ("match" in knobs.annotations(find.get(name)) and "match" not in given):
+        given = {"match": tuple(recipe.match), **given}
+    return knobs.make(name, given)  # type: ignore[no-any-return]
+
+
+def batches_of(recipe: Recipe, table: Table, seed: int, *, train: Train | None = None, augment: bool = True) -> Batches:
+    """Training batches of a table by the recipe's `train` and `data` blocks."""
+    from accelerate import PartialState
+
+    train = train or recipe.train
+    state = PartialState()
+    return Batches(
+        table,
+        None if train.per_class else train.batch_size,
+        seed=seed,
+        augment=recipe.data.augment if augment and recipe.data else (),
+        per_class=train.per_class,
+        rank=state.process_index,
+        world=state.num_processes,
+    )
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
+    """What to measure when the recipe does not say."""
+    if recipe.measure:
+        return list(recipe.measure)
+    return ["accuracy"] if table.num_classes else ["nll"]
+
+
+def judge(module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None = None) -> dict[str, float]:
+    """All measures of a network on a table, by name; what asks for a teacher is left out when there is none."""
+    module.eval()
+    have: dict[str, Any] = {"student_logits": predict(module, table)}
+    if "labels" in table.columns:
+        have["labels"] = table["labels"].reshape(-1) if table["labels"].ndim > 1 else table["labels"]
+    out: dict[str, float] = {}
+    for spec in measures:
+        name, given = knobs.split(spec, "measure")
+        if name in COSTS:
+            continue
+        measure = find.get(name)
+        if find.family(name) != "measure":
+            raise BadInput(f"{name!r} is a method of {find.folder(name)}, not a measure")
+        asks = find.needs(measure)
+        if "teacher_logits" in asks and "teacher_logits" not in have:
+            if teacher is None:
+                continue
+            have["teacher_logits"] = predict(teacher, table)
+        if find.folder(name) == "measure/robust":
+            from limbeck.verbs.robust import stacked
+
+            values = measure(*[{**have, "student_logits": stacked(module, table)}[n] for n in asks], **given)
+        else:
+            flat = {k: v.flatten(0, -2) if k.endswith("_logits") and v.ndim > 2 else v for k, v in have.items()}
+            values = measure(*[flat[n] for n in asks], **knobs.check(name, measure, given))
+        out |= dict(values) if isinstance(values, Mapping) else {name: float(values)}
+    return out
+
+
+def validator(table: Table, train: Train, learner: str, metric: str) -> Callable[[Nets], dict[str, float]] | None:
+    """The loop's validation: the deciding metric on the validation split (a part of it when nothing is selected)."""
+    if not len(table):
+        return None
+    part = table if train.select else table.select(torch.arange(min(CURVE, len(table))))
+    name = "accuracy" if table.num_classes else "nll"
+    return lambda nets: judge(nets.find(learner), part, [train.select or metric or name])
+
+
+@torch.no_grad()
+def cost(module: nn.Module, example: Mapping[str, Any], repeats: int = 15) -> dict[str, float]:
+    """Parameters, bytes, and the median milliseconds of one forward pass on the one example given."""
+    from limbeck.core.nets import outputs
+
+    module = unwrap(module).eval()
+    state = module.state_dict()
+    times = []
+    for i in range(repeats + 3):
+        began = time.perf_counter()
+        outputs(module, example)
+        if i >= 3:  # the first passes warm up
+            times.append(time.perf_counter() - began)
+    return {
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "bytes": sum(v.numel() * v.element_size() for v in state.values()),
+        "latency_ms": 1000 * statistics.median(times),
+    }
+
+
+def one(table: Table) -> dict[str, Any]:
+    """The first example of a table as a batch of one."""
+    return {name: column[:1] for name, column in table.columns.items()}
+
+
+# ---- networks on disk ------------------------------------------------------------------------------------------------
+def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
+    """weights.safetensors, and net.json when the recipe says how to build the network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Tensor] = {}
+    for key, value in unwrap(module).state_dict().items():
+        state[key] = value.detach().cpu().contiguous().clone()
+    try:
+        save_file(state, folder / ".weights")
+        (folder / ".weights").rename(folder / "weights.safetensors")
+    except OSError as error:
+        (folder / ".weights").unlink(missing_ok=True)
+        raise LimbeckError(f"could not save the network in {folder}: {error.strerror}") from error
+    if spec is not None:
+        body = {"net": spec.net, **spec.options}
+        (folder / "net.json").write_text(json.dumps(body))
+
+
+def load_weights(module: nn.Module, source: str, roots: Iterable[Path]) -> None:
+    """Load safetensors weights from a file, a run folder, an arm's folder or a name below one of `roots`."""
+    tried = []
+    for root in (Path(), *roots):
+        for path in (root / source, root / f"{source}.safetensors", root / source / "weights.safetensors", root / source / "seed-0" / "weights.safetensors"):
+            tried.append(path)
+            if path.is_file():
+                try:
+                    state = load_file(path)
+                except SafetensorError as error:
+                    raise BadInput(f"{path} is not a whole safetensors file: {error}") from error
+                try:
+                    module.load_state_dict(state)
+                except RuntimeError as error:
+                    line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+                    raise BadInput(f"the weights in {path} do not fit {type(module).__name__}: {line}") from error
+                return
+    raise BadInput(f"there are no weights {source!r}; looked for {tried[0]}, {tried[1]} and below {', '.join(map(str, roots))}")

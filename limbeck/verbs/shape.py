@@ -1,0 +1,102 @@
+"""shape: a smaller network made out of the teacher, then recovered by distillation. Two questions are answered: is
+recovery worth it (against removal alone), and was the teacher worth starting from (the control trains the same
+architecture from scratch with the same budget)."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from limbeck.core import find, knobs
+from limbeck.core.batches import epoch
+from limbeck.core.errors import BadInput
+from limbeck.core.nets import Nets, reinitialised
+from limbeck.recipe import Recipe
+from limbeck.verbs.setting import (
+    Outcome,
+    Setting,
+    batches_of,
+    cost,
+    default_measures,
+    judge,
+    one,
+    save_network,
+    validator,
+)
+
+
+def arms(recipe: Recipe) -> list[str]:
+    """student (shaped and recovered), control (from scratch), removal (shaped only), teacher."""
+    return ["student", "control", "removal", "teacher"]
+
+
+def control_recipe(recipe: Recipe) -> Recipe:
+    """The same architecture from random weights on labels alone; the shaping method stays: it gives the architecture."""
+    return recipe.with_changes({"match": ["ce"], "control": None, **recipe.control})
+
+
+def methods(recipe: Recipe) -> list[str]:
+    """The shaping method and the losses of the recovery."""
+    return [knobs.split(recipe.method or "layer_choice")[0], *(m if isinstance(m, str) else next(iter(m)) for m in recipe.match)]
+
+
+def label(recipe: Recipe, arm: str) -> str:
+    """A plain description of an arm."""
+    teacher = recipe.teacher.net if recipe.teacher else "teacher"
+    shaped = f"{teacher} by {methods(recipe)[0]}"
+    return {
+        "student": f"{shaped}, recovered with {' + '.join(methods(recipe)[1:])}",
+        "control": f"{shaped}, same architecture from scratch",
+        "removal": f"{shaped}, not trained again",
+        "teacher": teacher,
+    }[arm]
+
+
+def shaped(setting: Setting) -> nn.Module:
+    """The teacher made smaller, before any training."""
+    name, given = knobs.split(setting.recipe.method or "layer_choice")
+    method = find.get(name)
+    if find.family(name) != "shape":
+        raise BadInput(f"{name!r} is a method of {find.folder(name)}, not of shape")
+    if setting.teacher is None:
+        raise BadInput("shaping starts from a teacher, and the recipe names none")
+    given = knobs.check(name, method, given)
+    module: nn.Module
+    if "batches" in (*find.needs(method), *find.wants(method)):
+        module = method(setting.teacher, list(epoch(setting.splits.train.select(range(256)), 64)), **given)
+    else:
+        module = method(setting.teacher, **given)
+    return module.requires_grad_(True)
+
+
+def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, nn.Module]:
+    """Make, train and judge one arm under one seed."""
+    recipe = control_recipe(setting.recipe) if arm == "control" else setting.recipe
+    torch.manual_seed(seed)
+    seconds = 0.0
+    if arm == "teacher":
+        if setting.teacher is None:
+            raise BadInput("shaping starts from a teacher, and the recipe names none")
+        module = setting.teacher
+    else:
+        module = shaped(setting)
+    if arm == "control":
+        module = reinitialised(module)
+    if arm in ("student", "control"):
+        method = knobs.make("distill", {"match": tuple(recipe.match)})
+        nets = Nets(student=module, teacher=setting.teacher)  # type: ignore[arg-type]
+        fitted = setting.fit(
+            method,
+            nets,
+            recipe.train,
+            batches_of(recipe, setting.splits.train, seed),
+            seed=seed,
+            folder=folder,
+            validate=validator(setting.splits.validation, recipe.train, "student", recipe.metric),
+        )
+        seconds = fitted.seconds
+        save_network(module, folder, None)
+    figures = cost(module, one(setting.splits.test))
+    metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
+    sizes = {name: int(figures[name]) for name in ("parameters", "bytes")}
+    return Outcome(label(setting.recipe, arm), metrics, latency_ms=figures["latency_ms"], seconds=seconds, **sizes), module

@@ -12,7 +12,7 @@ JOBS ?= 2
 ARGS ?=
 
 bin := .venv/bin
-pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+pip := $(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # One thread a process: two workers on two cores are faster than four threads, and sums come out in one order.
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 extras := text,export,track,dev
@@ -20,24 +20,26 @@ extras := text,export,track,dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint types generated docs faults format clean
+.PHONY: help demo test check formatted lint types generated docs faults format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 # --- the environment: a stamp is touched only after its install went through ---
 
-.venv/core.stamp: pyproject.toml constraints.txt
+$(bin)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("limbeck needs Python 3.11 or newer, found %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	@test -x $(bin)/python || echo "creating .venv and installing limbeck (a minute or two)"
-	@test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+.venv/core.stamp: pyproject.toml constraints.txt | $(bin)/python
+	@echo "installing limbeck into .venv (a minute or two)"
 	@$(pip) --editable .
 	@touch $@
 
-.venv/test.stamp: .venv/core.stamp
-	@echo "installing the extras for tests and docs: $(extras)"
+.venv/test.stamp: pyproject.toml constraints.txt | $(bin)/python
+	@echo "installing limbeck with $(extras) into .venv (two or three minutes)"
 	@$(pip) --editable '.[$(extras)]'
-	@touch $@
+	@touch .venv/core.stamp $@
 
 # --- what a user runs ---
 
@@ -49,10 +51,12 @@ test: .venv/test.stamp
 
 # --- what CI runs: the fast answers first, the tests last so that their summary closes the output ---
 
-check: lint types generated docs test
+check: formatted lint types generated docs test
+
+formatted: .venv/test.stamp
+	$(bin)/ruff format --check --output-format concise .
 
 lint: .venv/test.stamp
-	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 
 types: .venv/test.stamp

@@ -196,7 +196,7 @@ def generated() -> dict[Path, str]:
 def unknown_rows() -> list[str]:
     """Methods and recipes that name a row the catalogue does not have."""
     keys = {r["key"] for r in _stored()}
-    wrong = [f"{', '.join(names)}: row {key!r}" for key, names in implemented().items() if key not in keys]
+    wrong = [f"{name}: row {key!r}" for name in find.names() for key in find.get(name).card.row if key not in keys]
     return wrong + [f"{path.name}: row {key!r}" for key, path in recipes().items() if key not in keys]
 
 

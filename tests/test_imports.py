@@ -29,8 +29,9 @@ LAYERS = (
     ("report", "recipe"),
     ("verbs", "conformance"),
     ("run", "catalogue"),
-    ("api", "demo", "describe", "doctor", "export", "progress", "verify"),  # what the commands do
+    ("api",),
     ("",),  # limbeck itself: the public API, which only looks things up when they are asked for
+    ("demo", "describe", "doctor", "export", "progress", "verify"),  # what the commands do
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

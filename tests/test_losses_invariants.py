@@ -329,3 +329,13 @@ def test_negative_knobs_are_named(name, knob):
     args = ([maps(2, 1)], [maps(2, 2)]) if name == "at" else (rand(4, 3), rand(4, 3))
     with pytest.raises(ValueError, match=f"`{knob}` must be"):
         get(name)(*args, **{knob: -1.0})
+
+
+# ---- precision -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["kd", "dkd", "forward_kl", "reverse_kl", "ce"])
+def test_half_inputs_are_computed_in_single_precision_from_the_first_step(name):
+    args = (t, y) if name == "dkd" else (y,) if name == "ce" else (t,)
+    knobs = {} if name == "ce" else {"temperature": 3.0}  # dividing by 4 would be exact in bf16 too
+    half = [x.bfloat16() if x.is_floating_point() else x for x in (s, *args)]
+    single = [x.float() if x.is_floating_point() else x for x in half]
+    assert torch.equal(get(name)(*half, **knobs), get(name)(*single, **knobs))

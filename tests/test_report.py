@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from limbeck.core.errors import BadInput, LimbeckError
-from limbeck.report import cite, costs, numerals, page, runs, statistics, svg
+from limbeck.report import cite, costs, numerals, page, runs, svg
 from limbeck.report.grid import grid
 from limbeck.report.logs import average, logs
 from limbeck.report.page import html as write_html
@@ -36,8 +36,16 @@ def arm(label: str, metric: str, values: list[float], seed: int = 0, **further: 
     per_seed = [{metric: v} for v in values]
     if metric == "accuracy":
         for one in per_seed:
-            one |= {"agreement": min(0.99, one["accuracy"] + 0.05 + dice.gauss(0, 0.004)), "ece": abs(dice.gauss(0.03, 0.01))}
-    return {"label": label, "per_seed": per_seed, "seconds": [round(20 + dice.random() * 3, 2) for _ in values], **further}
+            one |= {
+                "agreement": min(0.99, one["accuracy"] + 0.05 + dice.gauss(0, 0.004)),
+                "ece": abs(dice.gauss(0.03, 0.01)),
+            }
+    return {
+        "label": label,
+        "per_seed": per_seed,
+        "seconds": [round(20 + dice.random() * 3, 2) for _ in values],
+        **further,
+    }
 
 
 RESULTS: dict[str, dict[str, Any]] = {
@@ -47,12 +55,33 @@ RESULTS: dict[str, dict[str, Any]] = {
         "metric": "accuracy",
         "higher_is_better": True,
         "arms": {
-            "student": arm("resnet8, taught by resnet20 (ce + dkd)", "accuracy", [0.8812, 0.8840, 0.8795],
-                           parameters=12345, bytes=49380, latency_ms=1.21, latency_p95_ms=1.5),
-            "control": arm("resnet8, labels only", "accuracy", [0.8698, 0.8702, 0.8689],
-                           parameters=12345, bytes=49380, latency_ms=1.22, latency_p95_ms=1.51),
-            "teacher": arm("resnet20 wide, zoo", "accuracy", [0.9123] * 3, parameters=274042, bytes=1096168,
-                           latency_ms=5.3, latency_p95_ms=6.2),
+            "student": arm(
+                "resnet8, taught by resnet20 (ce + dkd)",
+                "accuracy",
+                [0.8812, 0.8840, 0.8795],
+                parameters=12345,
+                bytes=49380,
+                latency_ms=1.21,
+                latency_p95_ms=1.5,
+            ),
+            "control": arm(
+                "resnet8, labels only",
+                "accuracy",
+                [0.8698, 0.8702, 0.8689],
+                parameters=12345,
+                bytes=49380,
+                latency_ms=1.22,
+                latency_p95_ms=1.51,
+            ),
+            "teacher": arm(
+                "resnet20 wide, zoo",
+                "accuracy",
+                [0.9123] * 3,
+                parameters=274042,
+                bytes=1096168,
+                latency_ms=5.3,
+                latency_p95_ms=6.2,
+            ),
         },
         "methods": ["dkd"],
         "citations": [{"paper": "Zhao et al. 2022, eq. 7", "arxiv": "2203.08679"}],
@@ -64,10 +93,25 @@ RESULTS: dict[str, dict[str, Any]] = {
         "metric": "accuracy",
         "higher_is_better": True,
         "arms": {
-            "student": arm("10 images a class by distribution matching", "accuracy", [0.741, 0.752, 0.748],
-                           parameters=21034, latency_ms=0.8, images=100),
-            "control": arm("10 random images a class", "accuracy", [0.694, 0.701, 0.688], parameters=21034, latency_ms=0.8, images=100),
-            "full": arm("all training images", "accuracy", [0.884, 0.886, 0.885], parameters=21034, latency_ms=0.8, images=5000),
+            "student": arm(
+                "10 images a class by distribution matching",
+                "accuracy",
+                [0.741, 0.752, 0.748],
+                parameters=21034,
+                latency_ms=0.8,
+                images=100,
+            ),
+            "control": arm(
+                "10 random images a class",
+                "accuracy",
+                [0.694, 0.701, 0.688],
+                parameters=21034,
+                latency_ms=0.8,
+                images=100,
+            ),
+            "full": arm(
+                "all training images", "accuracy", [0.884, 0.886, 0.885], parameters=21034, latency_ms=0.8, images=5000
+            ),
         },
         "methods": ["dm"],
         "citations": [{"paper": "Zhao and Bilen 2023", "arxiv": "2110.04181"}],
@@ -79,11 +123,33 @@ RESULTS: dict[str, dict[str, Any]] = {
         "metric": "frechet",
         "higher_is_better": False,
         "arms": {
-            "student": arm("one step, consistency distillation", "frechet", [11.92, 13.4, 12.71], parameters=310122, bytes=1240488,
-                           latency_ms=2.1, steps=1),
-            "teacher_one_step": arm("the teacher at one step", "frechet", [97.2, 95.9, 99.0], parameters=310122,
-                                    bytes=1240488, latency_ms=2.1, steps=1),
-            "teacher": arm("flow, 50 Euler steps", "frechet", [6.31, 6.02, 6.4], parameters=310122, bytes=1240488, latency_ms=104.0, steps=50),
+            "student": arm(
+                "one step, consistency distillation",
+                "frechet",
+                [11.92, 13.4, 12.71],
+                parameters=310122,
+                bytes=1240488,
+                latency_ms=2.1,
+                steps=1,
+            ),
+            "teacher_one_step": arm(
+                "the teacher at one step",
+                "frechet",
+                [97.2, 95.9, 99.0],
+                parameters=310122,
+                bytes=1240488,
+                latency_ms=2.1,
+                steps=1,
+            ),
+            "teacher": arm(
+                "flow, 50 Euler steps",
+                "frechet",
+                [6.31, 6.02, 6.4],
+                parameters=310122,
+                bytes=1240488,
+                latency_ms=104.0,
+                steps=50,
+            ),
         },
         "against": "teacher_one_step",
         "methods": ["consistency_distillation"],
@@ -96,10 +162,30 @@ RESULTS: dict[str, dict[str, Any]] = {
         "metric": "accuracy",
         "higher_is_better": True,
         "arms": {
-            "student": arm("half the blocks, recovered by distillation", "accuracy", [0.9011, 0.8975, 0.9023], parameters=139000,
-                           bytes=556000, latency_ms=2.9),
-            "scratch": arm("the same network from scratch", "accuracy", [0.8994, 0.9003, 0.8981], parameters=139000, bytes=556000, latency_ms=2.9),
-            "removal": arm("half the blocks, removed", "accuracy", [0.412, 0.412, 0.412], parameters=139000, bytes=556000, latency_ms=2.9),
+            "student": arm(
+                "half the blocks, recovered by distillation",
+                "accuracy",
+                [0.9011, 0.8975, 0.9023],
+                parameters=139000,
+                bytes=556000,
+                latency_ms=2.9,
+            ),
+            "scratch": arm(
+                "the same network from scratch",
+                "accuracy",
+                [0.8994, 0.9003, 0.8981],
+                parameters=139000,
+                bytes=556000,
+                latency_ms=2.9,
+            ),
+            "removal": arm(
+                "half the blocks, removed",
+                "accuracy",
+                [0.412, 0.412, 0.412],
+                parameters=139000,
+                bytes=556000,
+                latency_ms=2.9,
+            ),
             "teacher": arm("resnet20 wide", "accuracy", [0.9123] * 3, parameters=274042, bytes=1096168, latency_ms=5.3),
         },
         "against": "scratch",
@@ -118,7 +204,12 @@ match: [ce, {{dkd: {{beta: 8, temperature: 4}}}}]
 
 def fake(root: Path, kind: str, **changes: Any) -> Path:
     """A finished run folder of one verb, as `limbeck run` leaves it."""
-    result = copy.deepcopy(RESULTS[kind]) | {"seeds": [0, 1, 2], "device": "cpu", "commit": "3f9c1ab", "recipe_hash": "9d41e0c7"}
+    result = copy.deepcopy(RESULTS[kind]) | {
+        "seeds": [0, 1, 2],
+        "device": "cpu",
+        "commit": "3f9c1ab",
+        "recipe_hash": "9d41e0c7",
+    }
     result["versions"] = {"limbeck": "0.1.0", "torch": "2.13.0", "numpy": "2.4.6", "python": "3.12.4"}
     against, metric = result.pop("against", "control"), result["metric"]
     ours, theirs = ([one[metric] for one in result["arms"][key]["per_seed"]] for key in ("student", against))
@@ -130,7 +221,10 @@ def fake(root: Path, kind: str, **changes: Any) -> Path:
         dice = np.random.default_rng(0)
         y, x = np.mgrid[:14, :14] / 13.0
         images = np.stack([np.exp(-((x - a) ** 2 + (y - b) ** 2) * 12) for a, b in dice.random((30, 2))])[:, None]
-        titles = {"shorten": ("teacher, 50 steps", "student, 1 step", "teacher, 1 step"), "condense": ("distribution matching", "random images")}
+        titles = {
+            "shorten": ("teacher, 50 steps", "student, 1 step", "teacher, 1 step"),
+            "condense": ("distribution matching", "random images"),
+        }
         noise = (0.02, 0.08, 0.4)
         panels = {t: images + n * dice.standard_normal(images.shape) for t, n in zip(titles[kind], noise, strict=False)}
         grid(panels, folder / "pictures" / "grid.png", columns=5)
@@ -156,9 +250,21 @@ def training(kind: str, who: str, seed: int) -> list[dict[str, Any]]:
         fall = math.exp(-t / 130)
         ce, kd = 0.35 + 1.9 * fall + dice.gauss(0, 0.04), 0.2 + 4.2 * fall + dice.gauss(0, 0.07)
         parts = {"ce": ce, "dkd": kd} if who == "student" else {"ce": ce}
-        lines.append({"t": t, "stage": 0, "player": "student", "loss": sum(parts.values()), "parts": parts, "lr": 0.1, "seconds": t / 30})
+        lines.append(
+            {
+                "t": t,
+                "stage": 0,
+                "player": "student",
+                "loss": sum(parts.values()),
+                "parts": parts,
+                "lr": 0.1,
+                "seconds": t / 30,
+            }
+        )
         if kind == "shorten" and who == "student":
-            lines.append({"t": t, "stage": 0, "player": "fake", "loss": 200 * math.exp(-t / 60) + 0.3 + abs(dice.gauss(0, 0.05))})
+            lines.append(
+                {"t": t, "stage": 0, "player": "fake", "loss": 200 * math.exp(-t / 60) + 0.3 + abs(dice.gauss(0, 0.05))}
+            )
         if t % 40 == 36:
             top = 0.885 if who == "student" else 0.872
             value = top - 0.35 * math.exp(-t / 110) + dice.gauss(0, 0.006)
@@ -285,7 +391,9 @@ def test_verdict_sentences() -> None:
     one = said(verdict(gain([0.82], [0.8]), "accuracy"))
     assert one == "Cannot tell with one seed: accuracy is 2.0 points above the control; an interval needs at least two."
     unsure = said(verdict(gain([0.82, 0.79, 0.8], [0.8, 0.8, 0.8], against="scratch"), "accuracy"))
-    assert unsure.startswith("Cannot tell with these seeds: accuracy is 0.3 points above training from scratch, but the interval includes zero")
+    assert unsure.startswith(
+        "Cannot tell with these seeds: accuracy is 0.3 points above training from scratch, but the interval includes"
+    )
     assert "no seed has a finite accuracy" in verdict(gain([], []), "accuracy")
     assert "no interval is known" in verdict(Gain(0.1, NAN, NAN, 3), "accuracy")
 
@@ -425,14 +533,18 @@ def test_direction_is_taken_from_the_name_when_it_is_not_said(tmp_path: Path) ->
 
 def test_pictures_come_only_from_inside_the_folder_and_only_as_pictures(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"\x89PNG\r\n\x1a\n secret")
-    folder = fake(tmp_path / "runs", "teach", pictures=[
-        {"title": "up", "file": "../../secret.png"},
-        {"title": "absolute", "file": str(tmp_path / "secret.png")},
-        {"title": "link", "file": "link.png"},
-        {"title": "no picture", "file": "recipe.yaml"},
-        {"title": "missing", "file": "pictures/none.png"},
-        {"title": "no file"},
-    ])
+    folder = fake(
+        tmp_path / "runs",
+        "teach",
+        pictures=[
+            {"title": "up", "file": "../../secret.png"},
+            {"title": "absolute", "file": str(tmp_path / "secret.png")},
+            {"title": "link", "file": "link.png"},
+            {"title": "no picture", "file": "recipe.yaml"},
+            {"title": "missing", "file": "pictures/none.png"},
+            {"title": "no file"},
+        ],
+    )
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     run = runs.read(folder)
     assert [p.data for p in run.pictures] == [None] * 6
@@ -472,12 +584,26 @@ def test_a_missing_result_says_what_is_there_instead(tmp_path: Path) -> None:
         write_html([], tmp_path / "report.html")
 
 
+def test_only_numbers_are_numbers() -> None:
+    assert [runs.number(thing) for thing in (1, 2.5, True, "3", None, [1])] == [1.0, 2.5, None, None, None, None]
+    assert runs.number(-(10**400)) == -math.inf
+
+
+def test_nil_stands_for_not_measured(tmp_path: Path) -> None:
+    arms = {key: a | {"parameters": 0, "bytes": 0, "latency_ms": 0.0} for key, a in RESULTS["teach"]["arms"].items()}
+    folder = fake(tmp_path, "teach", arms=arms)
+    _, reader = rendered([folder], tmp_path / "report.html")
+    assert "faster" not in reader.text
+    assert "0 ms" not in said(reader.text)
+    assert "| – | – |" in markdown([folder])
+
+
 def test_the_result_file_itself_may_be_given(tmp_path: Path) -> None:
     folder = fake(tmp_path, "teach")
     assert runs.read(folder / "result.json").folder == folder
 
 
-# --- nothing that is missing or of a wrong type breaks the page ---------------------------------------------------------
+# --- nothing that is missing or of a wrong type breaks the page -------------------------------------------------------
 JUNK: list[Any] = [None, [], {}, "", "text", -1, 3.5, NAN, True, [None], [[]], {"x": None}, ["a", {"b": [1]}], 10**400]
 
 
@@ -504,15 +630,20 @@ def changed(result: Any, path: tuple[Any, ...], junk: Any) -> Any:
 
 
 def test_every_field_may_be_missing_or_wrong(tmp_path: Path) -> None:
-    folder = fake(tmp_path, "shorten", tables=[{"title": "Steps", "columns": ["steps", "distance"], "rows": [[1, 12.5], ["two", None, 3]]}])
+    folder = fake(
+        tmp_path,
+        "shorten",
+        tables=[{"title": "Steps", "columns": ["steps", "distance"], "rows": [[1, 12.5], ["two", None, 3]]}],
+    )
     whole = json.loads((folder / "result.json").read_text())
     # The logs are the same for all; without them the many pages are quick.
     for path in folder.glob("seed-*/**/log.jsonl"):
         path.unlink()
     dice = random.Random(0)
     tried = 0
+    whole["versions"] = {"torch": "2.13.0"}
     for path in places(whole):
-        for junk in [..., *dice.sample(JUNK, 4)] if len(path) > 1 else [..., *JUNK]:
+        for junk in [..., *dice.choice(JUNK)] if len(path) > 1 else [..., *JUNK]:
             (folder / "result.json").write_text(json.dumps(changed(whole, path, junk)))
             Reader(page.render(runs.read_all([folder])))
             markdown([folder])
@@ -531,10 +662,32 @@ def test_an_empty_result_is_still_a_page(tmp_path: Path) -> None:
 def test_one_run_shows_verdict_arms_plots_recipe_and_sources(tmp_path: Path) -> None:
     text, reader = rendered([fake(tmp_path, "teach")], tmp_path / "report.html")
     seen = said(reader.text)
-    assert "Distillation helped: accuracy is 1.2 points above the control (95 % interval +0.8 to +1.6, 3 seeds)." in seen
-    for expected in ("+1.2 points", "22× smaller", "4.4× faster", "73 s", "88.2", "87.0", "91.2", "12,345", "49.4 kB", "p95 1.5 ms",
-                     "resnet8, taught by resnet20 (ce + dkd)", "Loss of student", "Validation accuracy", "beta: 8", "torch 2.13.0",
-                     "3f9c1ab", "9d41e0c7", "25 November 2026, 21:42", "@misc{zhao2022,", "Zhao and others", "2203.08679"):
+    assert (
+        "Distillation helped: accuracy is 1.2 points above the control (95 % interval +0.8 to +1.6, 3 seeds)." in seen
+    )
+    for expected in (
+        "+1.2 points",
+        "22× smaller",
+        "4.4× faster",
+        "73 s",
+        "88.2",
+        "87.0",
+        "91.2",
+        "12,345",
+        "49.4 kB",
+        "p95 1.5 ms",
+        "resnet8, taught by resnet20 (ce + dkd)",
+        "Loss of student",
+        "Validation accuracy",
+        "beta: 8",
+        "torch 2.13.0",
+        "3f9c1ab",
+        "9d41e0c7",
+        "25 November 2026, 21:42",
+        "@misc{zhao2022,",
+        "Zhao and others",
+        "2203.08679",
+    ):
         assert expected in seen, expected
     assert len(reader.named("article")) == 1
     assert "summary" not in re.findall(r'<section class="(\w+)"', text)
@@ -563,15 +716,22 @@ def test_the_page_asks_nothing_of_any_network_and_runs_no_script(tmp_path: Path)
 
 
 def test_several_runs_have_a_summary_and_a_section_each(tmp_path: Path) -> None:
-    text, reader = rendered(demo(tmp_path), tmp_path / "report.html", "The demo")
+    _, reader = rendered(demo(tmp_path), tmp_path / "report.html", "The demo")
     seen = said(reader.text)
     assert "Distillation helped in 3 of 4 comparisons; 1 cannot be told with these seeds." in seen
     assert len(reader.named("article")) == 4
     assert [a["href"] for a in reader.named("a")][:4] == ["#run-1", "#run-2", "#run-3", "#run-4"]
     assert {a.get("id") for a in reader.named("article")} == {"run-1", "run-2", "run-3", "run-4"}
-    for expected in ("84.7 lower", "79.8 to 89.6 lower", "50× fewer images", "50× fewer steps", "cannot tell", "Loss of fake"):
+    for expected in (
+        "84.7 lower",
+        "79.8 to 89.6 lower",
+        "50× fewer images",
+        "50× fewer steps",
+        "cannot tell",
+        "Loss of fake",
+    ):
         assert expected in seen, expected
-    assert len([i for i in reader.named("img")]) == 2
+    assert len(reader.named("img")) == 2
     assert seen.count("@misc{") == 4
     assert seen.count("torch 2.13.0") == 1  # the same versions stand once
 
@@ -585,16 +745,19 @@ def test_pictures_are_embedded_whole(tmp_path: Path) -> None:
     assert base64.b64decode(data) == (folder / "pictures" / "grid.png").read_bytes()
 
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7*7 }} [red]x[/red] | `x` </style></title></pre>"
+HOSTILE = (
+    "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7*7 }} [red]x[/red] | `x` </style></title></pre>"
+)
 
 
 def test_everything_from_a_run_is_inert(tmp_path: Path) -> None:
     folder = fake(
         tmp_path, "teach",
-        name=HOSTILE, do=HOSTILE, verdict=HOSTILE, device=HOSTILE, commit=HOSTILE, recipe_hash=HOSTILE, seeds=[HOSTILE] * 3,
-        methods=[HOSTILE], versions={HOSTILE: HOSTILE}, metric=HOSTILE,
-        arms={key: {"label": HOSTILE, "per_seed": [{HOSTILE: x, "other" + HOSTILE: x} for x in (1.0, 2.5, 3.0)], HOSTILE: 3}
+        name=HOSTILE, do=HOSTILE, verdict=HOSTILE, device=HOSTILE, commit=HOSTILE, recipe_hash=HOSTILE, metric=HOSTILE,
+        methods=[HOSTILE], versions={HOSTILE: HOSTILE}, seeds=[HOSTILE] * 3,
+        arms={key: {"label": HOSTILE, "per_seed": [{HOSTILE: x, "b" + HOSTILE: x} for x in (1.0, 2.5, 3.0)], HOSTILE: 3}
               for key in ("student", "control", HOSTILE)},
+        gain={"against": HOSTILE},
         citations=[{"paper": HOSTILE + " 2020", "arxiv": "javascript:alert(1)"}, {"paper": "a", "arxiv": HOSTILE}],
         tables=[{"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]]}],
         pictures=[{"title": HOSTILE, "caption": HOSTILE, "file": "p.png"}, {"title": "x", "file": HOSTILE}],
@@ -637,6 +800,19 @@ def test_one_seed_says_that_it_has_no_interval(tmp_path: Path) -> None:
     assert "one seed: no" in as_text(terminal([folder]))
 
 
+def test_a_seed_without_the_metric_is_left_out_and_told(tmp_path: Path) -> None:
+    arms = copy.deepcopy(RESULTS["teach"]["arms"])
+    del arms["control"]["per_seed"][1]["accuracy"]
+    arms["student"]["per_seed"][2]["accuracy"] = NAN
+    folder = fake(tmp_path, "teach")
+    result = json.loads((folder / "result.json").read_text()) | {"arms": arms}
+    (folder / "result.json").write_text(json.dumps(result))
+    text, reader = rendered([folder], tmp_path / "report.html")
+    assert "1 of 3 seeds have both sides of the comparison." in reader.text
+    assert text.count('class="pair"') == 1
+    assert not re.search(r'="[^"]*\bnan\b[^"]*"', text)
+
+
 def test_a_diverged_seed_is_told(tmp_path: Path) -> None:
     folder = fake(tmp_path, "teach")
     with (folder / "seed-1" / "log.jsonl").open("a") as file:
@@ -664,7 +840,9 @@ def test_writing_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_page_is_the_same_twice(tmp_path: Path) -> None:
     folders = demo(tmp_path)
-    assert write_html(folders, tmp_path / "a.html").read_bytes() == write_html(folders, tmp_path / "b.html").read_bytes()
+    assert (
+        write_html(folders, tmp_path / "a.html").read_bytes() == write_html(folders, tmp_path / "b.html").read_bytes()
+    )
 
 
 def test_a_long_log_stays_a_small_page(tmp_path: Path) -> None:
@@ -675,7 +853,9 @@ def test_a_long_log_stays_a_small_page(tmp_path: Path) -> None:
 
 
 def test_the_report_does_not_import_torch() -> None:
-    program = "import sys, limbeck.report.page, limbeck.report.tables, limbeck.report.grid; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, limbeck.report.page, limbeck.report.tables, limbeck.report.grid; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
@@ -683,14 +863,32 @@ def test_the_report_does_not_import_torch() -> None:
 def test_the_terminal_table_fits_80_letters_and_says_it_all(tmp_path: Path) -> None:
     shown = as_text(terminal(demo(tmp_path)))
     assert all(len(line) <= 80 for line in shown.splitlines())
-    for expected in ("gain", "95 % interval", "parameters", "latency", "seconds", "+1.2 points", "+0.8 to +1.6", "12,345", "22× smaller",
-                     "1.21 ms", "4.4× faster", "73.2", "84.7 lower", "helped", "cannot tell"):
+    for expected in (
+        "gain",
+        "95 % interval",
+        "parameters",
+        "latency",
+        "seconds",
+        "+1.2 points",
+        "+0.8 to +1.6",
+        "12,345",
+        "22× smaller",
+        "1.21 ms",
+        "4.4× faster",
+        "73.2",
+        "84.7 lower",
+        "helped",
+        "cannot tell",
+    ):
         assert expected in shown, expected
 
 
 def test_markdown(tmp_path: Path) -> None:
     shown = said(markdown(demo(tmp_path)))
-    assert "| teach-fashion | +1.2 points, accuracy (helped) | +0.8 to +1.6 | 12,345, 22× smaller | 1.21 ms, 4.4× faster | 73.2 |" in shown
+    first = (
+        "| teach-fashion | +1.2 points, accuracy (helped) | +0.8 to +1.6 | 12,345, 22× smaller | 1.21 ms, 4.4× faster |"
+    )
+    assert first in shown
     assert "- **shorten-digits**: Distilling the sampler helped" in shown
 
 
@@ -702,7 +900,11 @@ def test_costs_are_against_the_teacher(tmp_path: Path) -> None:
 
 # --- citations --------------------------------------------------------------------------------------------------------
 def test_bibtex_keys_are_distinct_and_fields_are_clean() -> None:
-    papers = [Citation("Zhao et al. 2022, eq. 7", "2203.08679"), Citation("Zhao and Li (2022)", ""), Citation("no year", "x{y}")]
+    papers = [
+        Citation("Zhao et al. 2022, eq. 7", "2203.08679"),
+        Citation("Zhao and Li (2022)", ""),
+        Citation("no year", "x{y}"),
+    ]
     text = cite.bibtex(papers)
     assert re.findall(r"@misc\{(\w+),", text) == ["zhao2022", "zhao2022a", "no"]
     assert "author        = {Zhao and others}" in text
@@ -727,14 +929,16 @@ def pixels(path: Path) -> np.ndarray[Any, Any]:
 
 def test_grid_draws_every_pixel_of_every_panel(tmp_path: Path) -> None:
     images = np.linspace(0, 1, 6 * 4 * 4).reshape(6, 1, 4, 4)
-    drawn = pixels(grid({"left": images, "right": images[::-1]}, tmp_path / "g.png", columns=3, scale=8, low=0.0, high=1.0))
+    drawn = pixels(
+        grid({"left": images, "right": images[::-1]}, tmp_path / "g.png", columns=3, scale=8, low=0.0, high=1.0)
+    )
     # The layout by hand: margin 12, title 34, images 32 wide with a gap of 2, 28 between the panels.
     assert drawn.shape == (2 * 12 + 34 + 2 * 34 - 2, 2 * 12 + 2 * (3 * 34 - 2) + 28, 3)
     for panel, those in enumerate((images, images[::-1])):
         for i, image in enumerate(those):
             x, y = 12 + panel * (100 + 28) + (i % 3) * 34, 12 + 34 + (i // 3) * 34
             block = drawn[y : y + 32, x : x + 32, 0].reshape(4, 8, 4, 8)
-            np.testing.assert_allclose(block.mean((1, 3)), image[0], atol=0.003)
+            np.testing.assert_allclose(block.mean((1, 3)), image[0], atol=0.0021)  # half of one of 256 levels
             assert block.std((1, 3)).max() < 1e-6
 
 
@@ -743,17 +947,19 @@ def test_grid_takes_tensors_colours_and_labels(tmp_path: Path) -> None:
     images = torch.zeros(4, 3, 5, 5, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
         images[:, 0] = 1
-    drawn = pixels(grid({"": images}, tmp_path / "g.png", columns=2, labels=["shirt", "bag"], scale=4))
+    drawn = pixels(grid({"": images}, tmp_path / "g.png", columns=2, labels=["shirt", "$\\frac$"], scale=4))
     assert (drawn == np.array([1.0, 0.0, 0.0])).all(-1).sum() == 4 * 20 * 20
-    tall = pixels(grid({"": images}, tmp_path / "h.png", columns=2, labels=["a", "b", "c", "$x$"], scale=4))
+    tall = pixels(grid({"": images}, tmp_path / "h.png", columns=2, labels=["a", "b", "c", "d"], scale=4))
     assert tall.shape[0] > drawn.shape[0]
 
 
-def test_grid_scales_panels_together_and_marks_what_is_broken(tmp_path: Path) -> None:
+def test_grid_draws_panels_on_the_scale_of_the_first_and_marks_what_is_broken(tmp_path: Path) -> None:
     dark, light = np.zeros((1, 1, 2, 2)), np.full((1, 1, 2, 2), 4.0)
     light[0, 0, 0, 0] = NAN
+    dark[0, 0, 1, 1] = 2.0
     drawn = pixels(grid({"a": dark, "b": light}, tmp_path / "g.png", scale=10))
-    assert (drawn[46:66, 12:32] == 0).all()
+    assert (drawn[46:56, 12:32] == 0).all()
+    assert (drawn[56:66, 22:32] == 1).all()
     assert (drawn[46:56, 70:80] == 1).all()
     np.testing.assert_allclose(drawn[50, 62], (0.85, 0.2, 0.2), atol=0.003)
 
@@ -762,10 +968,18 @@ def test_grid_scales_panels_together_and_marks_what_is_broken(tmp_path: Path) ->
     ("panels", "knobs", "says"),
     [
         ({}, {}, "at least one panel"),
-        ({"x": np.zeros((2, 2, 4, 4))}, {}, r"panel 'x': expected images \[N, C, H, W\] with C 1 or 3, found shape \[2, 2, 4, 4\]"),
+        (
+            {"x": np.zeros((2, 2, 4, 4))},
+            {},
+            r"panel 'x': expected images \[N, C, H, W\] with C 1 or 3, found shape \[2, 2, 4, 4\]",
+        ),
         ({"x": np.zeros((0, 1, 4, 4))}, {}, "found shape"),
         ({"x": np.zeros((4, 1, 4, 4))}, {"columns": 0}, "columns must be >= 1"),
-        ({"x": np.zeros((4, 1, 4, 4))}, {"columns": 2, "labels": ["a"] * 3}, r"each image \(4\) or each row \(2\), found 3 labels"),
+        (
+            {"x": np.zeros((4, 1, 4, 4))},
+            {"columns": 2, "labels": ["a"] * 3},
+            r"each image \(4\) or each row \(2\), found 3 labels",
+        ),
     ],
 )
 def test_grid_refuses_in_one_sentence(tmp_path: Path, panels: Any, knobs: Any, says: str) -> None:
@@ -777,6 +991,7 @@ def test_grid_refuses_in_one_sentence(tmp_path: Path, panels: Any, knobs: Any, s
 def test_grid_leaves_the_global_state_of_matplotlib_alone(tmp_path: Path) -> None:
     program = (
         "import sys, numpy as np, pathlib; from limbeck.report.grid import grid;"
-        f"grid({{'x': np.zeros((1, 1, 2, 2))}}, pathlib.Path({str(tmp_path / 'g.png')!r})); sys.exit('matplotlib.pyplot' in sys.modules)"
+        f"grid({{'x': np.zeros((1, 1, 2, 2))}}, pathlib.Path({str(tmp_path / 'g.png')!r}));"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

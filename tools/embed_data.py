@@ -1,4 +1,6 @@
-"""Makes the data that ships inside the package, from a folder of full data sets: LIMBECK_DATA=... python tools/embed_data.py
+"""Makes the data that ships inside the package, from a folder of full data sets.
+
+    LIMBECK_DATA=folder python tools/embed_data.py
 
 Reads fashion_mnist/fashion_mnist.npz and tinyshakespeare/input.txt[.zst]; writes limbeck/zoo/fashion_mnist_small.npz,
 limbeck/zoo/shakespeare_small.txt.bz2 and limbeck/zoo/embedded.json. The same input gives the same bytes.
@@ -49,6 +51,7 @@ def packed(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def main() -> int:
+    """Write the three files and say how large they are."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--train", type=int, default=700, help="training images a class")
     options.add_argument("--test", type=int, default=250, help="test images a class")
@@ -78,7 +81,7 @@ def main() -> int:
             "classes": CLASSES,
             "mean": [round(float(white.mean()), 6)],
             "std": [round(float(white.std()), 6)],
-            "source": "https://github.com/zalandoresearch/fashion-mnist (Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747)",
+            "source": "https://github.com/zalandoresearch/fashion-mnist (Xiao et al. 2017, arXiv 1708.07747)",
             "licence": LICENCE,
         },
         "shakespeare_small": {

@@ -9,20 +9,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from limbeck.adapters import words
+from limbeck.adapters import embedded, words
 from limbeck.adapters.readers import SPLITS, Raw, from_rows, join, read, rows_of, stream_files
 from limbeck.core.batches import Splits, Stream, Table, Tokenizer, generator, split
 from limbeck.core.errors import BadInput, MissingExtra, nearest
-from limbeck.zoo import data as zoo
 
 __all__ = ["Source", "load", "stream"]
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Source:
     size: side of pictures in pixels (cropped to a square, resized). channels: 1 or 3; as the files have it if left out.
     normalise: bring every channel or feature to mean 0 and deviation 1 over the training set. mean, std: instead of
     the training set's, in the scale where white is 1; one number a channel.
-    tokenizer: chars, words, bytes, hash, or a transformers tokenizer by folder or hub name. vocab: most words kept, >= 3.
+    tokenizer: chars, words, bytes, hash, or a transformers tokenizer by folder or hub name.
+    vocab: most words kept, >= 3.
     length: tokens of a stretch (language), or most tokens of a text (classification), >= 1.
     """
 
@@ -51,21 +55,21 @@ class Source:
     variant: str | None = None
     inputs: str | list[str] | None = None
     labels: str | None = None
-    kind: str | None = None
-    classes: int | list[str] | None = None
+    kind: Literal["images", "text", "language", "vectors", "tokens", "rows"] | None = None
+    classes: Count | list[str] | None = None
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     seed: int = 0
-    limit: int | None = None
-    test_limit: int | None = None
-    per_class: int | None = None
-    size: int | None = None
-    channels: int | None = None
+    limit: Count | None = None
+    test_limit: Count | None = None
+    per_class: Count | None = None
+    size: Count | None = None
+    channels: Literal[1, 3] | None = None
     normalise: bool = True
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     tokenizer: str | None = None
-    vocab: int = 8192
-    length: int = 64
+    vocab: Annotated[int, Field(ge=3)] = 8192
+    length: Count = 64
 
 
 def _source(spec: str | Path | Mapping[str, Any] | Source) -> Source:
@@ -79,16 +83,18 @@ def _source(spec: str | Path | Mapping[str, Any] | Source) -> Source:
             raise BadInput(f"data has no option {key!r}{nearest(str(key), known)}")
     if "name" not in spec:
         raise BadInput("data needs a `name`: an embedded set, a file or folder, or hub:NAME")
-    given = {k: tuple(v) if k in ("split", "mean", "std") else v for k, v in spec.items()}
-    return Source(**given)
+    given = {k: [v] if k in ("mean", "std") and isinstance(v, (int, float)) else v for k, v in spec.items()}
+    try:
+        return TypeAdapter(Source).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise BadInput(f"data option `{key}`: {first['msg']}, got {given.get(key)!r}") from None
 
 
 def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
     """Train, validation and test tables of a name, a path, or a mapping with the fields of `Source`."""
     source = _source(spec)
-    if source.kind not in (None, "images", "text", "language", "vectors", "tokens", "rows"):
-        kinds = ("images", "text", "language", "vectors", "tokens", "rows")
-        raise BadInput(f"data has no kind {source.kind!r}{nearest(source.kind, kinds)}")
     raws, source = _find(source)
     if source.kind:
         raws = {name: replace(raw, kind=source.kind) for name, raw in raws.items()}
@@ -99,11 +105,14 @@ def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
         raise BadInput(f"the splits of {source.name} differ in kind: { {k: r.kind for k, r in raws.items()} }")
     kind = next(iter(raws.values())).kind
     splits = _language(raws, source) if kind == "language" else _examples(raws, source, kind)
+    mean, std = _scale(splits.train["inputs"], source) if kind in ("images", "vectors") else ((), ())
     splits = Splits(
         _subset(splits.train, source.limit, source.per_class, source.seed),
         _subset(splits.validation, source.test_limit, None, source.seed),
         _subset(splits.test, source.test_limit, None, source.seed),
     )
+    if kind in ("images", "vectors"):
+        splits = Splits(*(_scaled(table, mean, std) for table in splits))
     splits.train.check()
     return splits
 
@@ -116,8 +125,8 @@ def _find(source: Source) -> tuple[dict[str, Raw], Source]:
     name = source.name
     if name.startswith("hub:"):
         return _hub(source), source
-    if name in zoo.NAMES:
-        known = zoo.load(name)
+    if name in embedded.NAMES:
+        known = embedded.load(name)
         raws = {part: Raw(known.kind, *pair, classes=known.classes) for part, pair in known.parts.items()}
         if known.mean and not source.mean and source.normalise and source.size is None:
             source = replace(source, mean=known.mean, std=known.std)
@@ -144,9 +153,8 @@ def _path(source: Source) -> tuple[Path, str | None]:
         near = nearest(Path(name).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else ""
         raise BadInput(f"there is no file or folder {name!r}{near if 'did you mean' in near else ''}")
     where = "" if shelf else "; set LIMBECK_DATA to a folder of data sets, or write hub:NAME for the hub"
-    raise BadInput(
-        f"no data called {name!r}, neither embedded nor a file or folder{nearest(name, [*zoo.NAMES, *sets])}{where}"
-    )
+    near = nearest(name, [*embedded.NAMES, *sets])
+    raise BadInput(f"no data called {name!r}, neither embedded nor a file or folder{near}{where}")
 
 
 def _hub(source: Source) -> dict[str, Raw]:
@@ -211,9 +219,7 @@ def _examples(raws: dict[str, Raw], source: Source, kind: str) -> Splits:
         table_kind: Any = "tokens" if kind == "text" else kind
         tables[part] = Table(columns, table_kind, classes, source.name, rows=rows).check()
     splits = _arrange(tables, raws, source)
-    if kind == "text":
-        return _tokenised(splits, lines, source)
-    return _normalised(splits, source) if kind in ("images", "vectors") else splits
+    return _tokenised(splits, lines, source) if kind == "text" else splits
 
 
 def _columns(raw: Raw, kind: str, source: Source, part: str) -> dict[str, Tensor]:
@@ -258,12 +264,12 @@ def _number_labels(raws: dict[str, Raw], source: Source) -> tuple[dict[str, Tens
             given = {part: labels.astype(np.float64) for part, labels in given.items()}
         except ValueError:
             pass
+    if any(labels.ndim > 1 for labels in given.values()):  # soft labels, or one for each token
+        return {part: torch.as_tensor(labels) for part, labels in given.items()}, None
     if flat.dtype.kind == "f":
         if not np.isfinite(flat).all() or (flat % 1).any():
             return {part: torch.as_tensor(labels).float() for part, labels in given.items()}, None
         flat, given = flat.astype(np.int64), {part: labels.astype(np.int64) for part, labels in given.items()}
-    if any(labels.ndim > 1 for labels in given.values()):
-        return {part: torch.as_tensor(labels.astype(np.int64)) for part, labels in given.items()}, None
     names = next((raw.classes for raw in raws.values() if raw.classes), None)
     names = source.classes if isinstance(source.classes, list) else names
     if flat.dtype.kind in "iub":
@@ -308,7 +314,7 @@ def _subset(table: Table, limit: int | None, per_class: int | None, seed: int) -
 
 
 def _images(items: Any, source: Source, part: str) -> Tensor:
-    """Pictures as float [N, C, H, W], white is 1 where they were whole numbers."""
+    """Pictures [N, C, H, W]: bytes as they are, until it is known which are wanted, else floats in their own scale."""
     if not isinstance(items, np.ndarray):
         items = _decode(items, source, part)
     x = torch.from_numpy(np.ascontiguousarray(items))
@@ -320,7 +326,9 @@ def _images(items: Any, source: Source, part: str) -> Tensor:
         raise BadInput(
             f"pictures of {source.name} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got {list(x.shape)}"
         )
-    x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+    resized = source.size is not None and x.shape[-2:] != (source.size, source.size)
+    if resized or source.channels not in (None, x.shape[1]):
+        x = _floats(x)
     if source.channels == 1 and x.shape[1] == 3:
         x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     elif source.channels == 3 and x.shape[1] == 1:
@@ -329,8 +337,8 @@ def _images(items: Any, source: Source, part: str) -> Tensor:
         raise BadInput(
             f"pictures of {source.name} have {x.shape[1]} channels, not {source.channels}; channels is 1 or 3"
         )
-    if source.size is not None and x.shape[-2:] != (source.size, source.size):
-        x = F.interpolate(x, (source.size, source.size), mode="bilinear", antialias=True)
+    if resized:
+        x = F.interpolate(x, 2 * [source.size or 0], mode="bilinear", antialias=True)
     return x.contiguous()
 
 
@@ -344,7 +352,7 @@ def _decode(items: Sequence[bytes | Path], source: Source, part: str) -> np.ndar
     for i, item in enumerate(items):
         where = str(item) if isinstance(item, Path) else f"picture {i} of {source.name} ({part})"
         try:
-            image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+            image: Image.Image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
             mode = mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB")
             if image.mode != mode:
                 image = image.convert(mode)
@@ -363,34 +371,40 @@ def _decode(items: Sequence[bytes | Path], source: Source, part: str) -> np.ndar
     return out
 
 
-def _normalised(splits: Splits, source: Source) -> Splits:
-    x = splits.train["inputs"]
+def _floats(x: Tensor) -> Tensor:
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+
+
+def _scale(x: Tensor, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every channel or feature: the user's, or those of `x`; () when nothing is to be scaled."""
     mean, std = source.mean, source.std
     if not source.normalise:
-        mean, std = (), ()
-    elif not mean:
-        axes = (0, 2, 3) if x.ndim == 4 else (0,)
-        means = sum((piece.double().sum(axes) for piece in x.split(4096)), torch.zeros(x.shape[1], dtype=torch.float64))
-        means /= x.numel() / x.shape[1]
-        square = sum(
-            ((piece.double() - means.view(1, -1, *[1] * (x.ndim - 2))).square().sum(axes) for piece in x.split(4096)),
-            torch.zeros(x.shape[1], dtype=torch.float64),
-        )
-        deviations = (square / (x.numel() / x.shape[1])).sqrt()
-        mean = tuple(round(v, 6) for v in means.tolist())
-        std = tuple(round(v, 6) or 1.0 for v in deviations.tolist())  # a constant feature stays as it is, centred
-    if len(mean) != len(std) or (mean and len(mean) not in (1, x.shape[1])) or min(std, default=1) <= 0:
+        return (), ()
+    if not mean and not std:
+        channels = x.transpose(0, 1).flatten(1)
+        if x.dtype == torch.uint8:  # counting the 256 levels is exact and costs no copy as floats
+            levels = torch.linspace(0, 1, 256, dtype=torch.float64)
+            parts = torch.stack([channel.bincount(minlength=256) for channel in channels]).double()
+            parts /= parts.sum(1, keepdim=True)
+            means = parts @ levels
+            deviations = (parts * (levels - means[:, None]).square()).sum(1).sqrt()
+        else:
+            means = channels.mean(1, dtype=torch.float64)
+            deviations = torch.stack([channel.double().std(correction=0) for channel in channels])
+        mean = tuple(round(value, 6) for value in means.tolist())
+        std = tuple(round(value, 6) or 1.0 for value in deviations.tolist())  # a constant feature is only centred
+    if len(mean) != len(std) or len(mean) not in (1, x.shape[1]) or min(std) <= 0:
         raise BadInput(f"mean {mean} and std {std} must have one number a channel ({x.shape[1]}), std > 0")
-    if not mean:
-        return splits
-    mean, std = (v * x.shape[1] if len(v) == 1 else v for v in (mean, std))
+    return (mean * x.shape[1], std * x.shape[1]) if len(mean) == 1 else (mean, std)
 
-    def scaled(table: Table) -> Table:
+
+def _scaled(table: Table, mean: tuple[float, ...], std: tuple[float, ...]) -> Table:
+    """The table with float inputs, (x - mean) / std."""
+    x = _floats(table["inputs"])
+    if mean:
         shape = (1, -1, *[1] * (x.ndim - 2))
-        inputs = (table["inputs"] - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-        return replace(table, columns={**table.columns, "inputs": inputs}, mean=mean, std=std)
-
-    return Splits(*map(scaled, splits))
+        x = (x - torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    return replace(table, columns={**table.columns, "inputs": x}, mean=mean, std=std)
 
 
 # text
@@ -470,7 +484,8 @@ def _stream(
 ) -> Iterator[dict[str, Tensor]]:
     rest: list[int] = []
     pad = int(getattr(tokenizer, "pad", words.PAD))
-    for chunk in iter(lambda it=iter(rows): list(itertools.islice(it, 256)), []):  # type: ignore[misc]
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, 256)):
         raw = from_rows(chunk, source.name, source.inputs, source.labels)
         kind = source.kind or raw.kind
         if kind == "language":
@@ -485,11 +500,10 @@ def _stream(
             columns = _columns(raw, kind, source, part)
             if kind == "text":
                 columns |= words.padded(tokenizer, raw.inputs, source.length, fixed=True)
-            if kind in ("images", "vectors") and source.normalise:
-                if not source.mean:
+            if kind in ("images", "vectors"):
+                if source.normalise and not source.mean:
                     raise BadInput("a stream cannot know its `mean` and `std`; give them, or say normalise: false")
-                table = Table(columns, kind, name=source.name)  # type: ignore[arg-type]
-                columns = _normalised(Splits(table, table, table), source).train.columns
+                columns = _scaled(Table(columns), *_scale(columns["inputs"], source)).columns
             labels, _ = _number_labels({part: raw}, source)
             if part in labels:
                 columns["labels"] = labels[part]

@@ -6,8 +6,10 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from limbeck.core.errors import BadInput, MissingExtra, nearest
 
@@ -27,10 +31,10 @@ SPLITS = {
 }
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-FORMATS = (*TABLES, ".npz", ".txt", ".text")
+FORMATS = (*TABLES, ".npz", ".safetensors", ".txt", ".text")
 PACKED = (".zst", ".gz")
 INPUTS = ("inputs", "input", "x", "data", "features", "images", "image", "img", "jpeg", "jpg", "png")
-TEXTS = ("text", "sentence", "content", "review", "question", "utterance", "query", "tweet", "document", "inputs")
+TEXTS = ("text", "content", "document", "sentence", "review", "question", "utterance", "query", "tweet", "inputs")
 LABELS = ("labels", "label", "y", "target", "targets", "class", "category", "intent", "sentiment", "coarse_label")
 
 
@@ -190,7 +194,8 @@ def from_rows(
     if len(pictures) == 1 and _picture(rows[0][pictures[0]]):
         values = [row[pictures[0]] for row in rows]
         return Raw("images", [v if isinstance(v, bytes) else v["bytes"] for v in values], given, None, extra)
-    texts = several or [n for n in TEXTS if n in has and n != target][:1]
+    usual = TEXTS if target else TEXTS[:3]  # without a label only what cannot be one half of a pair is a text to model
+    texts = several or [n for n in usual if n in has and n != target][:1]
     if texts and all(isinstance(rows[0][n], str) and not _numeric(rows, n) for n in texts):
         joined = [" | ".join(str(row[n]) for n in texts) for row in rows]
         return Raw("language" if given is None else "text", joined, given, None, extra, rows)
@@ -232,13 +237,16 @@ def _features(rows: list[dict[str, Any]], names: list[str], where: str) -> np.nd
     return out
 
 
-def _npz(path: Path, inputs: str | None, labels: str | None) -> dict[str, Raw]:
-    """Arrays by key: x, y or train_x, test_y or images_test ... in any order of the two words."""
+def _stored(path: Path, inputs: str | None, labels: str | None) -> dict[str, Raw]:
+    """Arrays of an npz or safetensors file: x, y or train_x, test_y ... with the two words in any order."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path} is no readable npz file without pickled objects: {error}") from None
+        if suffix(path) == ".safetensors":
+            arrays = load_file(path)
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, SafetensorError) as error:
+        raise BadInput(f"{path} is no whole {suffix(path)[1:]} file without pickled objects: {error}") from None
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         parts = key.lower().split("_")
@@ -336,8 +344,8 @@ def stream_files(path: Path, variant: str | None, part: str) -> list[Path]:
 
 def _file(path: Path, inputs: str | list[str] | None, labels: str | None) -> dict[str, Raw]:
     kind = suffix(path)
-    if kind == ".npz":
-        return _npz(path, inputs if isinstance(inputs, str) else None, labels)
+    if kind in (".npz", ".safetensors"):
+        return _stored(path, inputs if isinstance(inputs, str) else None, labels)
     if kind in (".txt", ".text"):
         try:
             with _open(path) as file:

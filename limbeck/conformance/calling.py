@@ -44,7 +44,9 @@ def values(
     torch.manual_seed(seed + 1)
     positional = [inputs[n] for n in find.needs(method)]
     optional = {n: inputs[n] for n in find.wants(method) if n in inputs}
-    out: Any = module(*positional, **optional) if module is not None else method(*positional, **optional, **(knobs or {}))
+    out: Any = (
+        module(*positional, **optional) if module is not None else method(*positional, **optional, **(knobs or {}))
+    )
     return out  # type: ignore[no-any-return]
 
 

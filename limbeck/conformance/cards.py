@@ -30,7 +30,11 @@ def _is_loss_module(method: Any) -> bool:
 
 
 def _returns_numbers(method: Any) -> bool:
-    return not hasattr(method, "step") and find.family(method.__module__.split(".")[-1]) in ("losses", "data", "measure")
+    return not hasattr(method, "step") and find.family(method.__module__.split(".")[-1]) in (
+        "losses",
+        "data",
+        "measure",
+    )
 
 
 def check_vector(name: str) -> None:
@@ -41,6 +45,9 @@ def check_vector(name: str) -> None:
     for key in VECTOR.get(find.family(name), ()):
         expect(key in vector, f"the vector of {name!r} has no {key!r}")
         expect(vector[key] is not None, f"{key!r} is still empty in the vector of {name!r}: fill in reference numbers")
+    if find.family(name) == "shape":
+        facts = [k for k, v in vector.items() if k not in ("source", "knobs", "inputs") and v is not None]
+        expect(bool(facts), f"the vector of {name!r} holds no fact about the student, such as `kept` or `value`")
     known = set(find.knobs(find.get(name)))
     for knob in vector.get("knobs", {}):
         expect(knob in known, f"the vector of {name!r} sets {knob!r}, which is no knob{nearest(knob, known)}")
@@ -131,7 +138,10 @@ def check_file(name: str) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             expect(node.args.kwarg is None, f"line {node.lineno}: **kwargs hides what a function takes")
-            expect(node.args.vararg is None or isinstance(node, ast.Lambda), f"line {node.lineno}: *args hides what a function takes")
+            expect(
+                node.args.vararg is None or isinstance(node, ast.Lambda),
+                f"line {node.lineno}: *args hides what a function takes",
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             expect(node.func.id != "print", f"line {node.lineno}: a method prints nothing")
     method = find.get(name)

@@ -7,27 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.conformance import vectors
+from limbeck.conformance import toys, training, vectors
 from limbeck.conformance.calling import build, loss, values
 from limbeck.conformance.expect import close, concerns, expect, same_state
 from limbeck.conformance.tensors import WHOLE, B, Inputs, T, change, fresh, leaves, permute, tensors
 from limbeck.core import find
 from limbeck.core.reduce import mean
+from limbeck.train.plain.distill import Distill
 
 HALVES = (torch.bfloat16, torch.float16)
+
 
 def is_module(method: Any) -> bool:
     """Whether the loss owns weights or memory."""
     return inspect.isclass(method)
 
+
 def per_element(method: Any) -> bool:
     """Whether the loss gives one value an element."""
     return values(method, tensors(method)).ndim > 0
+
 
 def on_logits(method: Any) -> bool:
     """Whether the loss must serve images [B, C] and tokens [B, T, V] alike."""
     asked = set(find.needs(method))
     return asked <= {"student_logits", "teacher_logits", "labels", "mask", "teacher_ids", "teacher_logprobs"}
+
 
 def in_training(method: Any, inputs: Inputs, **options: Any) -> tuple[Tensor, Inputs]:
     """The loss after its backward pass, and the inputs that now hold gradients."""
@@ -36,6 +41,7 @@ def in_training(method: Any, inputs: Inputs, **options: Any) -> tuple[Tensor, In
     expect(total.requires_grad, "the loss has no gradient")
     total.backward()  # type: ignore[no-untyped-call]
     return total, inputs
+
 
 def settled(method: Any, **options: Any) -> nn.Module | None:
     """The module of a loss in double precision after a first call, which may set constants; None for functions."""
@@ -54,6 +60,7 @@ def check_reference(name: str) -> None:
     for case in [vector, *further]:
         _reference(method, {**vector, "grad": None, "state_after": {}, **case})
 
+
 def _reference(method: Any, vector: dict[str, Any]) -> None:
     inputs = vectors.inputs(vector)
     wanted: dict[str, Any] = vector["grad"] or {}
@@ -68,7 +75,9 @@ def _reference(method: Any, vector: dict[str, Any]) -> None:
             expect(key in state, f"the vector sets {key!r}, which the module's state lacks; it has {', '.join(state)}")
         learned = [k for k, p in module.named_parameters() if k not in given]
         expect(not learned, f"the vector does not set the parameter {next(iter(learned), '')!r}")
-        module.load_state_dict({k: torch.tensor(given[k], dtype=torch.float64).to(v) if k in given else v for k, v in state.items()})
+        module.load_state_dict(
+            {k: torch.tensor(given[k], dtype=torch.float64).to(v) if k in given else v for k, v in state.items()}
+        )
     for key in wanted:
         for leaf in inputs[key] if isinstance(inputs[key], list) else [inputs[key]]:
             leaf.requires_grad_()
@@ -80,17 +89,27 @@ def _reference(method: Any, vector: dict[str, Any]) -> None:
     close(total, torch.tensor(vector["value"], dtype=torch.float64), "the value", rtol=1e-9, atol=1e-12)
     for key, after in vector["state_after"].items() if module is not None else ():
         found = module.state_dict()[key]
-        close(found, torch.tensor(after, dtype=torch.float64).to(found), f"the state {key!r} after the call", rtol=1e-9, atol=1e-12)
+        close(
+            found,
+            torch.tensor(after, dtype=torch.float64).to(found),
+            f"the state {key!r} after the call",
+            rtol=1e-9,
+            atol=1e-12,
+        )
     total.sum().backward()  # type: ignore[no-untyped-call]
     for key, grad in wanted.items():
         listed = isinstance(inputs[key], list)
         for i, leaf in enumerate(inputs[key] if listed else [inputs[key]]):
             number = torch.tensor(grad[i] if listed else grad, dtype=torch.float64)
             found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            close(found, number, f"the gradient with respect to {key}{f'[{i}]' if listed else ''}", rtol=1e-7, atol=1e-10)
+            close(
+                found, number, f"the gradient with respect to {key}{f'[{i}]' if listed else ''}", rtol=1e-7, atol=1e-10
+            )
+
 
 def _examples(inputs: Inputs) -> int:
     return max((int(inputs[k].max()) + 1 for k in ("index", "negatives") if k in inputs), default=0)
+
 
 def check_shape_of_value(name: str) -> None:
     """One value an element, or a single one; what could be given an element is not averaged over the batch."""
@@ -100,7 +119,9 @@ def check_shape_of_value(name: str) -> None:
     out = values(method, inputs)
     expect(isinstance(out, Tensor), f"the loss returns {type(out).__name__}, not a tensor")
     ok = out.ndim == 0 or tuple(out.shape[: len(lead)]) == tuple(lead) or (out.shape[0] == B and out.ndim == 1)
-    expect(ok, f"the loss has shape {list(out.shape)}; it must begin with {list(lead)}, or be [] when it relates examples")
+    expect(
+        ok, f"the loss has shape {list(out.shape)}; it must begin with {list(lead)}, or be [] when it relates examples"
+    )
     if out.ndim:
         return
     try:  # a loss that relates examples says nothing, or something else, about one example alone
@@ -112,14 +133,17 @@ def check_shape_of_value(name: str) -> None:
         apart = not torch.isclose(out, reduced, rtol=1e-9, atol=1e-12) or bool(singles.abs().max() < 1e-12)
         expect(apart, f"the loss is the {how} of one value an example: return those, core/reduce takes the mean")
 
+
 def _example(inputs: Inputs, i: int) -> Inputs:
     return permute(inputs, torch.tensor([i]))
+
 
 def check_without_the_optional(name: str) -> None:
     """It works without the tensors that it only takes when they are there."""
     method = find.get(name)
     total, _ = in_training(method, tensors(method, optional=False))
     expect(total.isfinite(), f"without {', '.join(find.wants(method))} the loss is {total.item()}")
+
 
 def check_gradient(name: str) -> None:
     """A gradient reaches every student tensor that it asks for, and its own weights; none reaches the teacher."""
@@ -136,6 +160,7 @@ def check_gradient(name: str) -> None:
         expect(yes, f"no gradient reaches {name_}")
     for key, p in module.named_parameters() if module is not None else ():
         expect(p.grad is not None and bool(p.grad.isfinite().all()), f"no gradient reaches its own weight {key!r}")
+
 
 def check_gradcheck(name: str) -> None:
     """Gradients are those of finite differences, in fp64, with respect to student tensors and its own weights."""
@@ -165,6 +190,7 @@ def check_gradcheck(name: str) -> None:
         "the gradient is not that of finite differences",
     )
 
+
 class _Reduced(nn.Module):
     """A loss module with its reduction, so that its weights can be replaced in one functional call."""
 
@@ -174,6 +200,7 @@ class _Reduced(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         return loss(self.method, inputs, module=self.module)
+
 
 def check_precision(name: str) -> None:
     """bf16 and fp16 inputs, plain and under autocast, give a finite value within 1 % of fp64."""
@@ -200,6 +227,7 @@ def check_precision(name: str) -> None:
             for key, leaf in leaves(ours, "student"):
                 expect(leaf.grad is None or leaf.grad.isfinite().all(), f"the gradient of {key} is not finite {how}")
 
+
 def check_extremes(name: str) -> None:
     """Inputs of 1e4, all zero, or all examples alike give a finite value and a finite gradient."""
     method = find.get(name)
@@ -219,6 +247,7 @@ def check_extremes(name: str) -> None:
         for key, leaf in leaves(ours, "student"):
             expect(leaf.grad is None or leaf.grad.isfinite().all(), f"the gradient of {key} is not finite for {what}")
 
+
 def _matched(method: Any, noise: float = 0.0, **options: Any) -> Inputs:
     """Inputs in which the student says what the teacher says, up to `noise`."""
     inputs = tensors(method, **options)
@@ -228,6 +257,7 @@ def _matched(method: Any, noise: float = 0.0, **options: Any) -> Inputs:
             one = {"x": there}
             inputs[key] = change(one, lambda _, v: (v + noise * torch.randn(v.shape).to(v)) if noise else v)["x"]
     return fresh(inputs)
+
 
 @concerns(lambda method: method.card.zero_at_match)
 def check_zero_at_match(name: str) -> None:
@@ -242,6 +272,7 @@ def check_zero_at_match(name: str) -> None:
             steep = 0.0 if leaf.grad is None else leaf.grad.abs().max().item()
             expect(steep < 1e-6, f"the gradient of {key} is {steep:.3g} at student = teacher")
 
+
 @concerns(lambda method: method.card.zero_at_match)
 def check_never_negative(name: str) -> None:
     """What is 0 at its best is never below, in fp32, near the match and far from it."""
@@ -250,6 +281,7 @@ def check_never_negative(name: str) -> None:
         for scale in (1.0, 30.0):
             lowest = values(method, _matched(method, noise, dtype=torch.float32, scale=scale)).min().item()
             expect(lowest >= 0, f"the loss is {lowest:.3g} at {noise:g} from student = teacher")
+
 
 def check_batch_order(name: str) -> None:
     """Another order of the examples gives the same values, in that order."""
@@ -260,6 +292,7 @@ def check_batch_order(name: str) -> None:
     wanted = first if first.ndim == 0 else first[order]
     close(second, wanted, "the loss after the examples changed places", rtol=1e-9, atol=1e-12)
 
+
 def check_mask(name: str) -> None:
     """Masked places have no influence on value or gradient; with nothing left the loss is 0."""
     method = find.get(name)
@@ -267,7 +300,9 @@ def check_mask(name: str) -> None:
     inputs = tensors(method)
     if values(method, inputs).ndim == 0 and not takes:
         return  # relates examples and has no mask: there is nothing to mask
-    leads: list[tuple[int, ...] | None] = [(B,), (B, T)] if on_logits(method) and "tokens" not in method.__module__ else [None]
+    leads: list[tuple[int, ...] | None] = (
+        [(B,), (B, T)] if on_logits(method) and "tokens" not in method.__module__ else [None]
+    )
     for lead in leads:
         inputs = tensors(method, lead=lead)
         shape = inputs["student_logits"].shape[:-1] if "student_logits" in inputs else (B,)
@@ -289,12 +324,14 @@ def check_mask(name: str) -> None:
         for key, leaf in leaves(left, "student"):
             expect(leaf.grad is None or not leaf.grad.any(), f"{key} has a gradient when everything is masked")
 
+
 def _spoil(key: str, value: Tensor, mask: Tensor, filler: float) -> Tensor:
     if key in WHOLE or key == "mask" or not value.is_floating_point() or value.shape[: mask.ndim] != mask.shape:
         return value
     out = value.clone()
     out[~mask] = out[~mask] + filler
     return out
+
 
 @concerns(lambda method: not is_module(method) and on_logits(method) and per_element(method))
 def check_leading_dimensions(name: str) -> None:
@@ -303,6 +340,7 @@ def check_leading_dimensions(name: str) -> None:
     inputs = tensors(method, lead=(B, T))
     flat = change(inputs, lambda _, v: v.flatten(0, 1))
     close(values(method, inputs).flatten(), values(method, flat), "the loss of [B, T, V]", rtol=1e-12, atol=1e-14)
+
 
 def check_descent(name: str) -> None:
     """Thirty steps of Adam on student tensors and its own weights go down, and nothing else is touched."""
@@ -328,6 +366,7 @@ def check_descent(name: str) -> None:
     teachers = zip(leaves(inputs, "teacher"), leaves(before, "teacher"), strict=True)
     expect(all(torch.equal(a, b) for (_, a), (_, b) in teachers), "the loss changes what the teacher said")
 
+
 @concerns(is_module)
 def check_state(name: str) -> None:
     """A module that is saved and loaded goes on exactly as if nothing had happened."""
@@ -341,6 +380,7 @@ def check_state(name: str) -> None:
     expect(first.go(3) == second.go(3), "a loaded module goes on differently: its memory must be registered buffers")
     differs = same_state(second.module.state_dict(), first.module.state_dict())
     expect(not differs, f"after loading, {differs!r} goes another way")
+
 
 class _Trained:
     """A loss module in training on other toy tensors each step."""
@@ -368,6 +408,7 @@ class _Trained:
             seen.append(total.item())
         return seen
 
+
 @concerns(is_module)
 def check_evaluation_leaves_no_trace(name: str) -> None:
     """In eval mode a call changes neither memory nor statistics."""
@@ -382,3 +423,32 @@ def check_evaluation_leaves_no_trace(name: str) -> None:
     differs = same_state(module.state_dict(), before)
     expect(not differs, f"a call in eval mode changes {differs!r}")
 
+
+def _plays_along(method: Any) -> bool:
+    """Whether a world has networks that give what the loss asks for."""
+    there = {"labels", "index", "mask", *(f"{s}_{k}" for s in ("student", "teacher") for k in _given(method))}
+    return set(find.needs(method)) <= there
+
+
+def _given(method: Any) -> tuple[str, ...]:
+    return ("logits", "hidden") if ".tokens." in method.__module__ else ("logits", "feats", "emb")
+
+
+@concerns(_plays_along)
+def check_in_training(name: str) -> None:
+    """In the plain scheme its own weights are trained with the student, and what it remembers survives a stop."""
+    method = find.get(name)
+    where = "policy" if ".tokens." in method.__module__ else "plain"
+
+    def make(**plan: Any) -> toys.Scene:
+        return toys.place(Distill(match=(name,)), where, steps=4, **plan)
+
+    start, end = (training.play(made).nets for made in (make(optimizers={"student": {"sgd": {"lr": 0.0}}}), make()))
+    before, after = training.state_of(start), training.state_of(end)
+    for root in ("student", *(["losses"] if is_module(method) else [])):
+        for key, _ in end.modules[root].named_parameters():
+            moved = not torch.equal(before[f"{root}.{key}"], after[f"{root}.{key}"])
+            expect(moved or root == "student", f"its own weight {key!r} is not trained")
+    expect(any(not torch.equal(v, after[k]) for k, v in before.items() if k.startswith("student.")), "the student does not move")
+    if is_module(method):
+        training.resumes(make)

@@ -53,9 +53,7 @@ def _checks_in(module: ModuleType) -> dict[str, Check]:
     }
 
 
-def run(
-    name: str, *, folder: Path | None = None, only: str = "", until_failure: bool = False
-) -> list[Outcome]:
+def run(name: str, *, folder: Path | None = None, only: str = "", until_failure: bool = False) -> list[Outcome]:
     """Check the method called `name`; raises BadInput when there is none.
 
     folder: of the reference vectors, the repository's by default. only: a check to run alone. until_failure: stop at
@@ -91,7 +89,9 @@ def judge(name: str, key: str, check: Check, excuse: str = "") -> Outcome:
             message = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - began
     if excuse and not message:
-        return Outcome(key, False, f"the card declares an exception to {key!r}, but the check passes: take it out", excuse, seconds)
+        return Outcome(
+            key, False, f"the card declares an exception to {key!r}, but the check passes: take it out", excuse, seconds
+        )
     return Outcome(key, bool(excuse) or not message, message, excuse, seconds)
 
 

@@ -44,7 +44,9 @@ def _cast(name: str, value: Any, dtype: torch.dtype, scale: float) -> Any:
         return [_cast(name, v, dtype, scale) for v in value]
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
-    scaled = value * scale if name.startswith(("student_", "teacher_", "teachers_")) and "logprobs" not in name else value
+    scaled = (
+        value * scale if name.startswith(("student_", "teacher_", "teachers_")) and "logprobs" not in name else value
+    )
     return scaled.to(dtype)
 
 
@@ -57,7 +59,9 @@ def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
     kinds: dict[str, Callable[[], Any]] = {
         "inputs": lambda: normal(B, 1, 8, 8),
         "labels": lambda: torch.randint(C, lead, generator=g),
-        "mask": lambda: torch.arange(lead.numel() if isinstance(lead, torch.Size) else torch.Size(lead).numel()).view(lead) % 3 != 1,
+        "mask": lambda: (
+            torch.arange(lead.numel() if isinstance(lead, torch.Size) else torch.Size(lead).numel()).view(lead) % 3 != 1
+        ),
         "index": lambda: torch.randperm(N, generator=g)[:B],
         "domain": lambda: torch.randint(2, (B,), generator=g),
         "weights": lambda: torch.rand(B, generator=g, dtype=torch.float64) + 0.1,
@@ -105,7 +109,11 @@ def leaves(inputs: Inputs, side: str) -> list[tuple[str, Tensor]]:
 def change(inputs: Inputs, rule: Callable[[str, Tensor], Tensor]) -> Inputs:
     """New inputs: `rule(name, tensor)` of every tensor, within lists too; everything else as it was."""
     return {
-        name: [rule(name, v) for v in value] if isinstance(value, list) else rule(name, value) if isinstance(value, Tensor) else value
+        name: [rule(name, v) for v in value]
+        if isinstance(value, list)
+        else rule(name, value)
+        if isinstance(value, Tensor)
+        else value
         for name, value in inputs.items()
     }
 

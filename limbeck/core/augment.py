@@ -179,8 +179,13 @@ class Siamese:
         return torch.cat([op.expand(batch, 1), _uniform(generator, batch, self.width - 1)], 1)
 
     def apply(self, images: Tensor, params: Tensor) -> Tensor:
-        if not self.every:
-            return self._one(self.ops[int(params[0, 0])], images, params[:, 1:])
+        drawn = params[:, 0].long().cpu()
+        if not self.every and bool((drawn == drawn[0]).all()):
+            return self._one(self.ops[int(drawn[0])], images, params[:, 1:])
+        if not self.every:  # rows of several draws, as when stored views are mixed
+            groups = [(drawn == op).nonzero()[:, 0] for op in range(len(self.ops))]
+            parts = [self._one(o, images[g], params[g, 1:]) for o, g in zip(self.ops, groups, strict=True) if len(g)]
+            return torch.cat(parts)[torch.cat(groups).argsort()]
         for i, op in enumerate(self.ops):
             images = self._one(op, images, params[:, 1 + 4 * i : 5 + 4 * i])
         return images

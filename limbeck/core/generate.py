@@ -1,26 +1,11 @@
 """Sampling from any network that maps tokens [B, T] to next-token logits [B, T, V]."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from limbeck.core.card import require
 from limbeck.core.maths import upcast
-from limbeck.core.nets import outputs
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, every layer of the module is in eval mode; afterwards each is in the mode that it was in."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
+from limbeck.core.nets import evaluating, outputs
 
 
 def choose(logits: Tensor, temperature: float = 1.0) -> Tensor:

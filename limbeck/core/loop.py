@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from limbeck.core import checkpoint, optim, schedule, shard
+from limbeck.core.batches import generator
 from limbeck.core.errors import BadCheckpoint, BadInput, Interrupted, LimbeckError
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, mean
@@ -179,12 +180,13 @@ class _Run:
         seed = self.plan.seed + self.accelerator.process_index
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        # not `seed` itself: the networks were probably built under it, and a fresh one would be the same again
+        torch.manual_seed(generator("training", seed).initial_seed())
         self.nets.to(self.accelerator.device)
         probe, self.pools = self._peek()
         if hasattr(self.method, "setup"):
             self.method.setup(self.nets, probe)
-        self.initial = {name: id(module) for name, module in self.nets.modules.items() if name in self.nets.frozen}
+        self.initial = {name: _mark(module) for name, module in self.nets.modules.items() if name in self.nets.frozen}
         self.prints = {n: checkpoint.fingerprint(self.nets.modules[n]) for n in self.initial} if self.folder else {}
         state = self._find_checkpoint() if resume else None
         with ExitStack() as stack:
@@ -282,13 +284,15 @@ class _Run:
         """
         turns: list[tuple[str, dict[str, Part]]] = []
         sums: _Sums | None = None
-        for generator in generators:
+        ended = False
+        for i, generator in enumerate(generators):
             with torch.autocast(self.accelerator.device.type, torch.bfloat16 if self.plan.precision == "bf16" else torch.float16, enabled=self.plan.precision != "fp32"):
                 move = next(generator, None)
+            if i and (move is None) != ended:
+                raise LimbeckError("the micro-batches of one step took different turns")
+            ended = move is None
             if move is None:
-                if turns:
-                    raise LimbeckError("the micro-batches of one step took different turns")
-                return None
+                continue  # the others still have to do what comes after their last turn
             player, parts = move[0], _parts(move[1])
             turns.append((player, parts))
             if len(generators) == 1:
@@ -300,6 +304,8 @@ class _Run:
                 raise LimbeckError(f"micro-batches yielded {turns[0][0]!r} and {player!r} in one turn")
             sums = sums or _Sums(self.nets.params(player), parts)
             sums.add(parts, lambda x: self.scaler.scale(x * shard.factor(self.accelerator)))
+        if ended:
+            return None
         assert sums is not None
         return turns[0][0], sums.finish(self._global)
 
@@ -430,8 +436,8 @@ class _Run:
             batch = next(batches)
         except StopIteration:
             raise BadInput(
-                f"the data{f' pool {name!r}' if name else ''} ended after {self.drawn.get(name, 0)} batches; training needs "
-                "an endless stream (limbeck.core.batches.Stream repeats any list or DataLoader)"
+                f"the data{f' pool {name!r}' if name else ''} ended after {self.drawn.get(name, 0)} batches; training "
+                "needs an endless stream (limbeck.core.batches.Stream repeats any list or DataLoader)"
             ) from None
         self.drawn[name] = self.drawn.get(name, 0) + 1
         return batch
@@ -469,7 +475,7 @@ class _Run:
         if self.folder is None:
             return None
         nets = self.nets
-        whole = [n for n in nets.modules if self.initial.get(n) != id(nets.modules[n])]
+        whole = [n for n in nets.modules if self.initial.get(n) != _mark(nets.modules[n])]  # frozen ones may be averaged
         tree = {
             "stage": stage,
             "t": t,
@@ -575,6 +581,12 @@ class _Sums:
             pieces = [grads[i] * (r / n) for grads, r, n in zip(self.grads, self.references, counts, strict=True) if grads[i] is not None]  # type: ignore[operator]
             p.grad = torch.stack(pieces).sum(0) if pieces else None
         return {n: self.totals[n] / counts[g] for g, names in enumerate(self.groups) for n in names}
+
+
+def _mark(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Which tensors a network holds and how often each was written to: tells, at no cost, whether it has changed."""
+    tensors = chain(module.parameters(), module.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _floor(count: Tensor | int) -> Tensor | int:

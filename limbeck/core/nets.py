@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Inside, every layer of the modules is in eval mode; afterwards each is in the mode that it was in."""
+    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
 def reinitialised(module: nn.Module) -> nn.Module:
     """A trainable copy with new random weights from the global generator, by each layer's own `reset_parameters`."""
     fresh = copy.deepcopy(module)
@@ -63,8 +77,9 @@ class Nets:
     """A namespace of modules: `nets.student`, `nets.peers[0]`; assign to add one, such as a copy made in `setup`.
 
     frozen: players that are in eval mode, ask for no gradient and run under no_grad in `run`, such as "fake" or
-    "assistants.0"; every name that starts with "teacher" is frozen from the start. companions: player -> other roots whose parameters train with it (the
-    projectors of losses). factories: name -> how to build a fresh, randomly initialised network. taps: root -> Taps.
+    "assistants.0"; every name that starts with "teacher" is frozen from the start. companions: player -> others whose
+    parameters train with it (the projectors of losses). factories: name -> how to build a fresh, randomly initialised
+    network. taps: player -> Taps.
     """
 
     modules: dict[str, nn.Module]
@@ -144,20 +159,23 @@ class Nets:
         raise BadInput(f"nobody said how to build a fresh {name!r}{nearest(name, known)}")
 
     def retire(self, name: str, to: str) -> None:
-        """Move the network `name` to the end of the frozen list `to`, and put a fresh one, tapped alike, in its place."""
-        old, retired = self.modules[name], self.modules[to]
-        fresh = self.fresh(name)
+        """Move the network `name` to the end of the frozen list `to`; a fresh one, tapped alike, takes its place."""
+        old, retired, fresh = self.modules[name], self.modules[to], self.fresh(name)
+        assert isinstance(retired, nn.ModuleList)
         if name in self.taps:
             taps = self.taps[name]
             self.taps[f"{to}.{len(retired)}"] = taps
             self.taps[name] = Taps(fresh, {n: p[0] if n in taps.single else p for n, p in taps.paths.items()})
-        retired.append(old)  # type: ignore[operator]
+        retired.append(old)
         setattr(self, name, fresh)
         self.freeze(to)
 
-    def run(self, player: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Outputs of a network on a batch, with its taps, by name and without prefix; no gradient when frozen."""
-        grad = torch.is_grad_enabled() and not self.is_frozen(player)
+    def run(self, player: str, batch: Mapping[str, Any], *, through: bool = False) -> dict[str, Any]:
+        """Outputs of a network on a batch, with its taps, by name and without prefix; no gradient when frozen.
+
+        through: let the gradient flow through a frozen network to what it is given, such as a generator's images.
+        """
+        grad = torch.is_grad_enabled() and (through or not self.is_frozen(player))
         with torch.set_grad_enabled(grad):
             out = outputs(self.find(player), batch)
         if player in self.taps:

@@ -1,7 +1,6 @@
 """One learner, its teacher, and what is matched between the two: what schemes with several such pairs share."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput
 from limbeck.core.match import Match, parse
-from limbeck.core.nets import Batch, Nets
+from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.reduce import Part
 
 
@@ -47,7 +46,7 @@ class Pair:
 
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
-        with without_traces(nets):
+        with torch.no_grad(), evaluating(*nets.modules.values()):  # so that no statistics move
             have = self.gather(nets, probe)
             shapes = {name: shape(value) for name, value in have.items()}
             if "index" in probe:
@@ -87,20 +86,6 @@ def shape(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [tuple(v.shape) for v in value]
     return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-@contextmanager
-def without_traces(nets: Nets) -> Iterator[None]:
-    """Inside, every network is in eval mode and there is no gradient, so that no statistics move."""
-    modes = [(layer, layer.training) for module in nets.modules.values() for layer in module.modules()]
-    try:
-        for module in nets.modules.values():
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
 
 
 def without_teacher(matches: Iterable[Match]) -> tuple[Match, ...]:

@@ -1,6 +1,6 @@
 """Small pieces of state that methods and the loop share: exponential moving averages and a queue of past rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -75,3 +75,55 @@ class Queue(nn.Module):
     def read(self) -> Tensor:
         """The rows held so far, [filled, width]."""
         return self.rows[: int(self.filled)]
+
+
+class Reservoir(nn.Module):
+    """A uniform sample of everything that was ever added, of fixed size, as registered buffers.
+
+    size: examples kept. like: one batch of columns [B, ...], of which the buffers take shape and type.
+    """
+
+    added: Tensor
+
+    def __init__(self, size: int, like: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.size, self.names = size, tuple(like)
+        for name, column in like.items():
+            self.register_buffer(f"of_{name}", torch.zeros(size, *column.shape[1:], dtype=column.dtype))
+        self.register_buffer("added", torch.zeros((), dtype=torch.long))
+
+    def __len__(self) -> int:
+        return min(self.size, int(self.added))
+
+    @torch.no_grad()
+    def add(self, batch: Mapping[str, Tensor]) -> None:
+        """Every example of the batch gets its fair chance of a place."""
+        start = int(self.added)
+        for i in range(len(batch[self.names[0]])):
+            place = start + i if start + i < self.size else int(torch.randint(start + i + 1, ()))
+            if place < self.size:
+                for name in self.names:
+                    getattr(self, f"of_{name}")[place] = batch[name][i]
+            self.added += 1
+
+    def draw(self, count: int) -> dict[str, Tensor]:
+        """`count` different examples, or all there are when they are fewer."""
+        rows = torch.randperm(len(self))[:count]
+        return {name: (column := getattr(self, f"of_{name}"))[rows.to(column.device)] for name in self.names}
+
+
+@torch.no_grad()
+def average(target: nn.Module, sources: Iterable[nn.Module], weights: Tensor) -> None:
+    """target <- sum_k weights_k source_k, parameters and buffers, as in federated averaging.
+
+    weights: [K], >= 0, sum 1. Buffers of whole numbers are taken from the source with the largest weight.
+    """
+    states = [source.state_dict() for source in sources]
+    if len(states) != len(weights):
+        raise ValueError(f"there are {len(states)} networks to average but {len(weights)} weights")
+    for key, mine in target.state_dict().items():
+        if mine.is_floating_point():
+            total = sum(w * s[key].to(torch.float64) for w, s in zip(weights.tolist(), states, strict=True))
+            mine.copy_(total)
+        else:
+            mine.copy_(states[int(weights.argmax())][key])

@@ -186,6 +186,6 @@ class _Sealed(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return None, grad * gradient, None

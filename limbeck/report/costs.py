@@ -75,8 +75,8 @@ def figures(run: Run) -> list[Figure]:
     level = mean(run.student.values(run.metric)) if run.student else None
     if level is not None:
         others = [a for a in (run.against, run.reference) if a is not None and mean(a.values(run.metric)) is not None]
-        told = [f"{numerals.pretty(a.key)} {numerals.value(run.metric, mean(a.values(run.metric)))}" for a in others]
-        meaning = "; ".join([f"student {numerals.pretty(run.metric)}", *dict.fromkeys(told)])
+        levels = [f"{numerals.pretty(a.key)} {numerals.value(run.metric, mean(a.values(run.metric)))}" for a in others]
+        meaning = "; ".join([f"student {numerals.pretty(run.metric)}", *dict.fromkeys(levels)])
         made.append(Figure(numerals.value(run.metric, level), meaning))
     count, times, told = size(run)
     if times:
@@ -114,6 +114,7 @@ def against(run: Run) -> str:
 
 
 def reference_name(run: Run) -> str:
+    """'teacher', 'full': what costs are compared with, '' when there is none."""
     return numerals.pretty(run.reference.key) if run.reference else ""
 
 

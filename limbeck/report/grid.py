@@ -36,7 +36,8 @@ def grid(
 
     panels: title -> images [N, C, H, W] (or [N, H, W]), C is 1 or 3. columns: images a row, at least 1.
     labels: a name for each image (N of them, under it) or each row (one a row, at its left), the same for all panels.
-    low, high: values drawn black and white; None takes them from all panels together, so that panels compare.
+    low, high: values drawn black and white in all panels; None takes them from the first, so put the reference first:
+    a wild panel beside it can then not wash it out.
     scale: screen pixels a picture pixel, 0 chooses it so that an image is about 64 pixels wide.
     """
     if not panels:
@@ -44,7 +45,8 @@ def grid(
     if columns < 1:
         raise BadInput(f"columns must be >= 1, found {columns}")
     arrays = {title: pixels(title, images) for title, images in panels.items()}
-    finite = np.concatenate([a[np.isfinite(a)].ravel() for a in arrays.values()])
+    first = next(iter(arrays.values()))
+    finite = first[np.isfinite(first)]
     bottom = low if low is not None else float(finite.min()) if finite.size else 0.0
     top = high if high is not None else float(finite.max()) if finite.size else 1.0
     height, width = (max(a.shape[axis] for a in arrays.values()) for axis in (1, 2))
@@ -66,7 +68,7 @@ def grid(
     start = MARGIN + (TITLE if titled else 0)
     for p, (title, images) in enumerate(arrays.items()):
         x0 = MARGIN + aside + p * (panel_width + BETWEEN)
-        words.append((x0, MARGIN + TITLE / 2 - 4, shortened(title, panel_width, 8.2), "left", 14))
+        words.append((x0, MARGIN + TITLE / 2 - 4, shortened(title, panel_width, 9.2), "left", 16))
         for i, image in enumerate(images):
             x, y = x0 + (i % across) * step_x, start + (i // across) * step_y
             drawn = colours(image, bottom, top).repeat(zoom, 0).repeat(zoom, 1)
@@ -110,11 +112,18 @@ def png(canvas: Pixels, words: Sequence[tuple[float, float, str, str, float]]) -
     height, width = canvas.shape[:2]
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     FigureCanvasAgg(figure)
-    figure.figimage(canvas, origin="upper")
+    figure.figimage(np.rint(canvas * 255).astype(np.uint8), origin="upper")
     for x, y, text, align, points in words:
         # parse_math off: a class named '$x$' is a name, not a formula.
         figure.text(
-            x / width, 1 - y / height, text, ha=align, va="center", fontsize=points * 0.72, color="#26282b", parse_math=False
+            x / width,
+            1 - y / height,
+            text,
+            ha=align,
+            va="center",
+            fontsize=points * 0.72,
+            color="#26282b",
+            parse_math=False,
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -16,7 +16,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass
 class Log:
-    """One log.jsonl. losses: player -> part -> curve; validation: metric -> curve; stages: steps where a new one begins."""
+    """One log.jsonl. losses: player -> part -> curve; validation: metric -> curve; stages: steps where one begins."""
 
     arm: str
     seed: str

@@ -9,7 +9,7 @@ ABSENT = "\u2013"
 
 # Metrics kept as fractions of 1; they are shown in percent, and their differences in percentage points.
 FRACTIONS = frozenset(
-    "accuracy acc top1 top5 agreement f1 precision recall iou miou map ap auc ece calibration ndcg mrr forgetting".split()
+    "accuracy acc top1 top5 agreement f1 precision recall iou miou map ap auc ece calibration mrr forgetting".split()
 )
 LOWER = frozenset(
     "frechet fid kid mmd loss nll perplexity ppl error ece calibration mse mae rmse latency seconds bytes brier "
@@ -199,9 +199,9 @@ def duration(seconds: float | None) -> str:
     if whole < 100:
         return f"{whole}{SPACE}s"
     if whole < 3600:
-        return f"{whole // 60}{SPACE}min {whole % 60:02d}{SPACE}s"
+        return f"{whole // 60}{SPACE}min{SPACE}{whole % 60:02d}{SPACE}s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60}{SPACE}h {minutes % 60:02d}{SPACE}min"
+    return f"{minutes // 60}{SPACE}h{SPACE}{minutes % 60:02d}{SPACE}min"
 
 
 def sentence(text: str) -> str:

@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from limbeck.report import cite, costs, numerals, svg
@@ -80,15 +81,11 @@ def html(runs: Sequence[Path], out: Path, *, title: str = "") -> Path:
 
 def render(runs: Sequence[Run], title: str = "") -> str:
     """The page as text."""
-    # Everything is escaped unless it is Markup that this package drew itself.
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     reach = reaches(runs)
     shown = [show(run, f"run-{i + 1}", reach[scale_of(run)]) for i, run in enumerate(runs)]
     papers = cite.unique(citation for run in runs for citation in run.citations)
     versions = list(dict.fromkeys(tuple(sorted(run.versions.items())) for run in runs if run.versions))
-    return environment.get_template("page.html.j2").render(
+    return template().render(
         title=title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
         lead=lead(runs),
         style=Markup((TEMPLATES / "page.css").read_text("utf-8")),
@@ -97,6 +94,19 @@ def render(runs: Sequence[Run], title: str = "") -> str:
         bibtex=cite.bibtex(papers),
         versions=versions,
     )
+
+
+@cache
+def template() -> Template:
+    """The page's template: everything is escaped unless it is Markup that this package drew itself."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
 
 
 def lead(runs: Sequence[Run]) -> str:
@@ -195,7 +205,11 @@ def table(run: Run, arms: Sequence[Arm]) -> list[Row]:
             spread = f"±{numerals.SPACE}{numerals.half(metric, mean, half)}" if mean is not None and half else ""
             cells.append(("NaN" if values and mean is None else numerals.bare(metric, mean), spread))
         if any(arm.values(metric) for arm in arms):
-            rows.append(Row(numerals.pretty(metric), numerals.unit(metric), tuple(cells), "main" if metric == run.metric else ""))
+            rows.append(
+                Row(
+                    numerals.pretty(metric), numerals.unit(metric), tuple(cells), "main" if metric == run.metric else ""
+                )
+            )
     cost: list[tuple[str, list[tuple[str, str]]]] = [
         (numerals.pretty(name), [(numerals.plain(arm.sizes.get(name)), "") for arm in arms])
         for name in dict.fromkeys(name for arm in arms for name in arm.sizes)
@@ -212,6 +226,7 @@ def table(run: Run, arms: Sequence[Arm]) -> list[Row]:
 
 
 def tail(arm: Arm) -> str:
+    """The 95th percentile of the latency, where it was measured."""
     return "" if arm.latency_p95_ms is None else f"p95 {numerals.milliseconds(arm.latency_p95_ms)}"
 
 
@@ -235,7 +250,9 @@ def seeds_plot(run: Run, arms: Sequence[Arm]) -> Plot | None:
         for arm in kept
     ]
     name = numerals.pretty(run.metric)
-    drawing = svg.seeds(columns, percent=numerals.is_fraction(run.metric), title=f"{name} of each seed", pair=pair, names=run.seeds)
+    drawing = svg.seeds(
+        columns, percent=numerals.is_fraction(run.metric), title=f"{name} of each seed", pair=pair, names=run.seeds
+    )
     note = "dot: a seed, bar: the mean" + ("" if run.higher_is_better else "; lower is better")
     title = f"{numerals.sentence(name)}, seed by seed"
     return Plot(title, numerals.unit(run.metric), (("", note),), drawing) if drawing else None
@@ -251,10 +268,14 @@ def validation_plots(run: Run, kept: Sequence[Log]) -> list[Plot]:
         # The student is drawn last, on top.
         those.sort(key=lambda log: log.arm == "student")
         curves = [
-            svg.Line(f"{numerals.pretty(log.arm)}, seed {log.seed}", colour(run, log.arm), log.validation[metric]) for log in those
+            svg.Line(f"{numerals.pretty(log.arm)}, seed {log.seed}", colour(run, log.arm), log.validation[metric])
+            for log in those
         ]
         drawing = svg.lines(
-            curves, percent=numerals.is_fraction(metric), title=f"validation {metric} over steps", stages=those[-1].stages
+            curves,
+            percent=numerals.is_fraction(metric),
+            title=f"validation {metric} over steps",
+            stages=those[-1].stages,
         )
         legend = dict.fromkeys((colour(run, log.arm), numerals.pretty(log.arm)) for log in reversed(those))
         note = ", ".join(t for t in (numerals.unit(metric), "a line a seed") if t)
@@ -297,11 +318,11 @@ def log_notes(kept: Sequence[Log]) -> list[str]:
 
 def when(folder: Path) -> str:
     """The start that a run folder's name ends with: '25 November 2026, 21:42'."""
-    found = re.search(r"-(\d{8})-(\d{6})$", folder.resolve().name)
+    found = re.search(r"-(\d{8})-(\d{6})(-\d+)?$", folder.resolve().name)
     if not found:
         return ""
     try:
-        start = datetime.strptime("".join(found.groups()), "%Y%m%d%H%M%S")
+        start = datetime.strptime(found[1] + found[2], "%Y%m%d%H%M%S")
     except ValueError:
         return ""
     return f"{start.day} {start:%B %Y, %H:%M}"

@@ -1,4 +1,4 @@
-"""A run folder, read tolerantly: only a missing or torn result.json stops a report; whatever else is absent is left out."""
+"""A run folder, read tolerantly: only a missing or torn result.json stops a report; what else is absent is left out."""
 
 import json
 import math
@@ -23,7 +23,7 @@ IMAGES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 class Arm:
     """One thing that was measured: the student, its control, the teacher.
 
-    per_seed: metric -> value of each seed (nan where a seed lacks it). sizes: further numbers of the arm (images, steps).
+    per_seed: metric -> value of each seed (nan where a seed lacks it). sizes: its further numbers (images, steps).
     """
 
     key: str
@@ -197,7 +197,7 @@ def load(folder: Path) -> dict[str, object]:
 def find_gain(
     result: dict[str, object], arms: dict[str, Arm], metric: str, higher_is_better: bool, notes: list[str]
 ) -> Gain | None:
-    """The gain computed from the seeds where they are there, else as stated; a disagreement of the two becomes a note."""
+    """The gain computed from the seeds where they are there, else as stated; where the two disagree, a note says so."""
     stated = mapping(result.get("gain"))
     against = text(stated.get("against")) or "control"
     mean = number(stated.get("mean"))
@@ -241,10 +241,10 @@ def arm(key: str, entry: dict[str, object]) -> Arm:
         key=key,
         label=text(entry.get("label")),
         per_seed={name: tuple(one.get(name, float("nan")) for one in seeds) for name in names},
-        parameters=number(entry.get("parameters")),
-        bytes=number(entry.get("bytes")),
-        latency_ms=number(inner.get("p50", inner.get("median", inner.get("mean")))) if inner else number(latency),
-        latency_p95_ms=number(p95),
+        parameters=positive(entry.get("parameters")),
+        bytes=positive(entry.get("bytes")),
+        latency_ms=positive(inner.get("p50", inner.get("median", inner.get("mean"))) if inner else latency),
+        latency_p95_ms=positive(p95),
         seconds=tuple(x for x in map(number, sequence(seconds) or [seconds]) if x is not None),
         sizes={
             name: amount
@@ -303,11 +303,13 @@ def extra_table(entry: dict[str, object]) -> ExtraTable:
 
 
 def cell(thing: object) -> str:
+    """A table's cell as text."""
     amount = number(thing)
     return numerals.plain(amount) if amount is not None else text(thing)
 
 
 def recipe(folder: Path) -> str:
+    """The resolved recipe as it was written, '' when it is gone."""
     try:
         return (folder / "recipe.yaml").read_text("utf-8", errors="replace").strip()
     except OSError:
@@ -324,6 +326,12 @@ def number(thing: object) -> float | None:
         return math.inf if thing > 0 else -math.inf
 
 
+def positive(thing: object) -> float | None:
+    """A number for what cannot be nil when it was measured (parameters, bytes, latency): 0 stands for not measured."""
+    amount = number(thing)
+    return None if amount is not None and amount <= 0 else amount
+
+
 def text(thing: object) -> str:
     """A scalar as text; '' for nothing and for containers. Control characters, which no page can show, are dropped."""
     if thing is None or isinstance(thing, (dict, list)):
@@ -337,12 +345,15 @@ def texts(thing: object) -> tuple[str, ...]:
 
 
 def mapping(thing: object) -> dict[str, object]:
+    """The thing when it is an object, else an empty one."""
     return cast(dict[str, object], thing) if isinstance(thing, dict) else {}
 
 
 def sequence(thing: object) -> list[object]:
+    """The thing when it is a list, else an empty one."""
     return cast(list[object], thing) if isinstance(thing, list) else []
 
 
 def entries(thing: object) -> list[dict[str, object]]:
+    """The objects in a list."""
     return [mapping(entry) for entry in sequence(thing) if isinstance(entry, dict)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from scipy.special import stdtrit  # type: ignore[import-untyped, unused-ignore]
+from scipy.special import stdtrit
 
 from limbeck.report import numerals
 
@@ -61,7 +61,7 @@ def interval(differences: Sequence[float], *, level: float = 0.95) -> tuple[floa
 def gain(
     student: Sequence[float], control: Sequence[float], *, higher_is_better: bool = True, against: str = "control"
 ) -> Gain:
-    """The gain of student over control, paired seed by seed; a seed that lacks a finite value on either side is left out.
+    """The gain of student over control, paired seed by seed; a seed without a finite value on both sides is left out.
 
     student, control: the metric of each seed, in the same order of seeds.
     """
@@ -73,7 +73,7 @@ def gain(
 
 
 def identical(gain: Gain) -> bool:
-    """True when every seed gave the same difference: a width of zero then says that the spread is unknown, not that it is nil."""
+    """True when every seed gave the same difference: the spread is then unknown, not nil."""
     return gain.n > 1 and gain.high - gain.low <= 1e-9 * max(1e-3, abs(gain.mean))
 
 
@@ -110,7 +110,9 @@ def verdict(gain: Gain, metric: str, *, higher_is_better: bool = True, do: str =
     if not (np.isfinite(gain.low) and np.isfinite(gain.high)):
         return f"Cannot tell: {compared} over {gain.n} seeds, but no interval is known."
     if identical(gain):
-        return f"Cannot tell with these seeds: {compared}, by the same amount in all {gain.n}, so the spread is unknown."
+        return (
+            f"Cannot tell with these seeds: {compared}, by the same amount in all {gain.n}, so the spread is unknown."
+        )
     spread = numerals.between(metric, gain.low, gain.high, higher_is_better)
     seeds = f"95{numerals.SPACE}% interval {spread}, {gain.n} seeds"
     words: dict[State, str] = {

@@ -1,4 +1,4 @@
-"""The report's plots as small inline SVG: colours are the page's own (light and dark), text stays text, nothing is loaded."""
+"""The report's plots as small inline SVG: colours are the page's own (light and dark), text stays text."""
 
 import math
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
 
 
 def lines(curves: Sequence[Line], *, percent: bool, title: str, stages: Sequence[float] = ()) -> Markup:
-    """Curves over training steps. percent: values are fractions, shown times 100. stages: steps where a stage begins."""
+    """Curves over training steps. percent: values are fractions, shown times 100. stages: where a stage begins."""
     factor = 100.0 if percent else 1.0
     points = [(x, y * factor) for line in curves for x, y in line.curve]
     if not points:
@@ -130,7 +130,9 @@ def lines(curves: Sequence[Line], *, percent: bool, title: str, stages: Sequence
     return drawing(title, parts)
 
 
-def seeds(columns: Sequence[Column], *, percent: bool, title: str, pair: tuple[int, int] | None, names: Sequence[str]) -> Markup:
+def seeds(
+    columns: Sequence[Column], *, percent: bool, title: str, pair: tuple[int, int] | None, names: Sequence[str]
+) -> Markup:
     """A dot a seed in a column an arm; the lines join the same seed of the two columns in `pair`."""
     factor = 100.0 if percent else 1.0
     values = [v * factor for c in columns for v in c.values if math.isfinite(v)]
@@ -164,7 +166,9 @@ def seeds(columns: Sequence[Column], *, percent: bool, title: str, pair: tuple[i
         rows = wrapped(column.name, room)
         for i, row in enumerate(rows):
             parts.append(f'<text class="name" x="{centre:.1f}" y="{bottom + 19 + 14 * i}">{escape(row)}</text>')
-        parts.append(f'<text class="under" x="{centre:.1f}" y="{bottom + 20 + 14 * len(rows)}">{escape(column.mean)}</text>')
+        parts.append(
+            f'<text class="under" x="{centre:.1f}" y="{bottom + 20 + 14 * len(rows)}">{escape(column.mean)}</text>'
+        )
     return drawing(title, parts)
 
 
@@ -179,12 +183,16 @@ def strip(differences: Sequence[float], mean: float, low: float, high: float, *,
     def at(value: float) -> str:
         return f"{50 + 47 * max(-1.0, min(1.0, value / reach)):.2f}%"
 
-    parts = ['<line class="rule" x1="0" x2="100%" y1="15" y2="15"/>', '<line class="zero" x1="50%" x2="50%" y1="3" y2="27"/>']
+    parts = [
+        '<line class="rule" x1="0" x2="100%" y1="15" y2="15"/>',
+        '<line class="zero" x1="50%" x2="50%" y1="3" y2="27"/>',
+    ]
     if math.isfinite(low) and math.isfinite(high):
         parts.append(f'<line class="bar" x1="{at(low)}" x2="{at(high)}" y1="15" y2="15"/>')
     parts += [f'<circle class="seed" cx="{at(d)}" cy="15" r="3"/>' for d in differences if math.isfinite(d)]
     parts.append(f'<circle class="centre" cx="{at(mean)}" cy="15" r="5"/>')
-    return Markup(f'<svg class="strip" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{"".join(parts)}</svg>')
+    name = escape(title)
+    return Markup(f'<svg class="strip" role="img" aria-label="{name}"><title>{name}</title>{"".join(parts)}</svg>')
 
 
 def horizontal(y: Axis) -> list[str]:
@@ -208,6 +216,6 @@ def below(x: Axis) -> list[str]:
 
 
 def drawing(title: str, parts: Sequence[str]) -> Markup:
-    return Markup(
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
+    """The parts as one picture, with its title for those who cannot see it."""
+    box, name = f"0 0 {WIDTH} {HEIGHT}", escape(title)
+    return Markup(f'<svg class="plot" viewBox="{box}" role="img" aria-label="{name}">{"".join(parts)}</svg>')

@@ -22,15 +22,15 @@ def terminal(runs: Sequence[Path]) -> Table:
     for name in ("parameters", "latency", "seconds"):
         table.add_column(name, justify="right", overflow="fold")
     for run in read_all(runs):
-        shown = Text(costs.gain(run))
+        told = Text(costs.gain(run))
         if run.state:
-            shown = Text(f"{run.state}\n", style=COLOURS[run.state]) + Text(costs.gain(run), style="none")
-        name = Text(run.name, style="bold")
+            told = Text(f"{run.state}\n", style=COLOURS[run.state]) + Text(costs.gain(run), style="none")
+        what = Text(run.name, style="bold")
         if run.metric:
-            name += Text(f"\n{numerals.pretty(run.metric)}", style="dim not bold")
+            what += Text(f"\n{numerals.pretty(run.metric)}", style="dim not bold")
         # '79.8 to 89.6 lower' on two lines, so that the table fits 80 letters.
         bounds = re.sub(r" (lower|higher|interval)$", r"\n\1", costs.interval(run))
-        table.add_row(name, shown, Text(bounds), *(Text(t) for t in cost(run)))
+        table.add_row(what, told, Text(bounds), *(Text(t) for t in cost(run)))
     return table
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck.adapters.files import load as load_data
 from limbeck.core import find, knobs
 from limbeck.core.batches import Splits, Table, split
 from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
+from limbeck.core.sampler import Denoiser
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs.setting import Event, Setting, batches_of, load_weights, make_plan, save_network
 from limbeck.zoo import nets as zoo
@@ -49,6 +50,10 @@ def setting(
         elif spec is not None:
             made.builders[role] = _from_spec(spec, splits.train, folder)
             made.taps[role] = spec.taps
+    if recipe.do == "condense":
+        judge = given.get("judge")
+        plain = judge is None or isinstance(judge, (str, Mapping))
+        made.builders["judge"] = _from_spec(recipe.judge.net, splits.train, folder) if plain else _builder(judge)
     if "teacher" in made.builders:
         made.teacher = _teacher(made, recipe)
     return made
@@ -122,7 +127,10 @@ def describe(table: Table) -> dict[str, Any]:
 def network(spec: Net, table: Table, folder: Path) -> nn.Module:
     """A network from its spec, with its weights if it names some."""
     body = {"net": spec.net, **spec.options}
+    denoiser = body.pop("denoiser", None)
     module: nn.Module = zoo.build(body, **describe(table))
+    if denoiser is not None:  # {denoiser: {schedule: {edm: {sigma_data: 0.5}}, kind: edm}}
+        module = Denoiser.from_spec(module, {} if denoiser is True else dict(denoiser))
     if spec.weights is not None:
         load_weights(module, spec.weights, (folder, folder.parent, WEIGHTS, WEIGHTS.parent))
     return module
@@ -180,8 +188,3 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     nets = Nets(student=module)
     fit(method, nets, batches, make_plan(spec.train, batches.steps_per_epoch, 0), on_event=made.on_event)
     save_network(module, place, spec)
-
-
-def tensors(table: Table) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of a table."""
-    return table["inputs"], table["labels"]

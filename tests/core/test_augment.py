@@ -107,6 +107,15 @@ def test_siamese_draws_each_operation_and_none_left_out() -> None:
     assert {int(digits.draw(generator(s), 1)[0, 0]) for s in range(100)} == {0, 1}
 
 
+def test_rows_of_several_draws_can_be_mixed() -> None:
+    augment, x = Siamese(), images(8)
+    draws = [augment.draw(generator(s), 1) for s in range(8)]
+    assert len({int(d[0, 0]) for d in draws}) > 2
+    mixed = augment.apply(x, torch.cat(draws))
+    for i, draw in enumerate(draws):
+        assert torch.allclose(mixed[i : i + 1], augment.apply(x[i : i + 1], draw), atol=1e-6)
+
+
 def test_rotation_and_scale_keep_the_background() -> None:
     x = torch.full((4, 1, 12, 12), -0.8)
     for op in ("rotate", "scale", "crop", "cutout"):

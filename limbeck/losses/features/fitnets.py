@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
     differs="one joint stage beside the other losses instead of a hint stage before them; mean over the elements, so "
     "that the paper's half sum of squares is this times (elements of a teacher feature) / 2; the code's regressor "
     "(convolution, batch norm, ReLU); map sizes that the code refuses are brought over by bilinear resizing",
+    exceptions={"mask": "the regressor's batch norm takes its statistics over the whole batch, masked examples too"},
 )
 class FitNets(nn.Module):
     """Mean squared error of the regressed student feature and the teacher feature.  maps, vectors -> [B], tokens [B, T]

@@ -1,4 +1,4 @@
-"""A chain of networks between teacher and student, each taught by the one before: small steps where one is too large."""
+"""A chain of networks between teacher and student, each taught by the one before: small steps, not a large one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,9 +59,10 @@ class TAKD:
         if "assistants" not in nets:
             wanted = self.assistants if "assistant" in nets.factories else 0
             nets.assistants = nn.ModuleList(nets.fresh("assistant") for _ in range(wanted))
+        count = len(nets.assistants) + 1
+        if self.links and len(self.links) != count:
+            raise BadInput(f"`links` must have an entry for each of the {count} links, got {len(self.links)}")
         pairs = self.pairs(nets)
-        if self.links and len(self.links) != len(pairs):
-            raise BadInput(f"`links` must have an entry for each of the {len(pairs)} links, got {len(self.links)}")
         owned = {f"link{k}": pair.build(nets, probe) for k, pair in enumerate(pairs)}
         if any(owned.values()):
             nets.losses = nn.ModuleDict(owned)
@@ -71,7 +72,8 @@ class TAKD:
         """Every link: who learns from whom."""
         chain = ["teacher", *(f"assistants.{i}" for i in range(len(nets.assistants))), "student"]
         matches = self.matches * (1 if self.links else len(chain) - 1)
-        return [Pair(b, a, m, f"losses.link{k}") for k, ((a, b), m) in enumerate(zip(pairwise(chain), matches))]
+        links = zip(pairwise(chain), matches, strict=True)
+        return [Pair(below, above, m, f"losses.link{k}") for k, ((above, below), m) in enumerate(links)]
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """One stage a link."""

@@ -1,0 +1,422 @@
+"""Tiny worlds whose answer is known: one a folder of training methods, none a method.
+
+Pictures of 8 x 8 in four classes, each a shape of its own, stand for everything that sees; sequences
+of a 32-token Markov chain, whose exact distribution is at hand, for everything that speaks; a mixture of Gaussians, whose score
+is known in closed form, for everything that denoises. Networks have batch norm, so that whoever moves is seen.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.conformance import vectors
+from limbeck.core import find
+from limbeck.core.batches import Batches, Table
+from limbeck.core.errors import BadInput
+from limbeck.core.evaluate import kernel_logits
+from limbeck.core.loop import Plan
+from limbeck.core.maths import frechet_gaussians, kl
+from limbeck.core.nets import Batch, Nets, outputs
+from limbeck.core.sampler import EDM, Denoiser, GaussianDenoiser, generate
+from limbeck.core.synset import SynSet
+
+CLASSES, SIZE, EXAMPLES, BATCH = 4, 8, 96, 24
+
+
+@dataclass
+class Scene:
+    """A method in its world.
+
+    nets, data: what `fit` takes. plan: how long, and with which optimisers. score: how good the result is, higher is
+    better. goal: the score of the known answer.
+    """
+
+    method: Any
+    nets: Nets
+    data: Any
+    plan: Plan
+    score: Callable[[Nets], float]
+    goal: float = 1.0
+
+
+def folder(name: str) -> str:
+    """The folder of a training method, which decides its world: "plain", "samplers" ..."""
+    parts = find.folder(name).split("/")
+    return parts[1] if len(parts) > 1 else "plain"
+
+
+def scene(name: str, **varied: Any) -> Scene:
+    """The training method called `name`, with the knobs of its vector, in the world of its folder; see `place`."""
+    return place(find.get(name)(**_tuples(vectors.read(name).get("knobs", {}))), folder(name), **varied)
+
+
+def place(
+    method: Any, where: str, *, norm: bool = True, mask: bool = False, batch: int = BATCH, **plan: Any
+) -> Scene:
+    """A method in a freshly built world.
+
+    norm: whether networks have batch norm. mask: whether some of the examples do not count. batch: examples a
+    micro-batch. plan: changes to the world's plan.
+    """
+    if where not in WORLDS:
+        raise BadInput(f"the suite has no world for train/{where}; add one to limbeck/conformance/toys.py")
+    torch.manual_seed(0)
+    made = WORLDS[where](World(method, norm, mask, batch))
+    made.plan = replace(made.plan, **plan)
+    return made
+
+
+def _tuples(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, which JSON has in the place of tuples, as tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in knobs.items()}
+
+
+@dataclass(frozen=True)
+class World:
+    """How a world is varied: see `scene`."""
+
+    method: Any
+    norm: bool
+    mask: bool
+    batch: int
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class Eye(nn.Module):
+    """A convolutional network: {"logits", "feats", "emb"} of pictures [B, 1, 8, 8]."""
+
+    def __init__(self, width: int = 4, norm: bool = True, seed: int | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            layer = lambda a, b, stride: nn.Sequential(
+                nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b) if norm else nn.Identity(), nn.ReLU()
+            )
+            self.blocks = nn.ModuleList([layer(1, width, 1), layer(width, 2 * width, 2)])
+            self.head = nn.Linear(2 * width * 4, CLASSES)
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        feats = []
+        x = inputs
+        for block in self.blocks:
+            x = block(x)
+            feats.append(x)
+        emb = nn.functional.avg_pool2d(x, 2).flatten(1)
+        return {"logits": self.head(emb), "feats": feats, "emb": emb}
+
+
+def pictures(
+    seed: int = 0, examples: int = EXAMPLES, *, mask: bool = False, classes: Iterable[int] = range(CLASSES)
+) -> Table:
+    """A lying bar, a standing bar, a frame or a dot in noise: what no flip or crop turns into another."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = torch.zeros(CLASSES, SIZE, SIZE)
+    shapes[0, 3:5] = shapes[1, :, 3:5] = shapes[3, 2:6, 2:6] = 1.0
+    shapes[2] = 1.0
+    shapes[2, 1:-1, 1:-1] = 0.0
+    kinds = torch.tensor(list(classes))
+    labels = kinds[torch.arange(examples) % len(kinds)]
+    inputs = 2 * shapes[labels].unsqueeze(1) - 0.5 + 0.5 * torch.randn(examples, 1, SIZE, SIZE, generator=g)
+    columns = {"inputs": inputs.to(torch.get_default_dtype()), "labels": labels}
+    if mask:
+        columns["mask"] = torch.rand(examples, generator=g) > 0.4
+    return Table(columns, kind="images", classes=[str(c) for c in range(CLASSES)], mean=(0.0,), std=(1.0,))
+
+
+@cache
+def _teacher_state(norm: bool) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        teacher = Eye(8, norm, seed=7).float()
+        table = pictures(5)
+        optimizer = torch.optim.Adam(teacher.parameters(), 1e-2)
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(teacher(table["inputs"].float())["logits"], table["labels"])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return {k: v.detach().clone() for k, v in teacher.state_dict().items()}
+
+
+def seeing_teacher(norm: bool) -> Eye:
+    """A network that knows the pictures."""
+    teacher = Eye(8, norm)
+    teacher.load_state_dict(_teacher_state(norm))
+    return teacher
+
+
+def accuracy(player: str) -> Callable[[Nets], float]:
+    """Share of new pictures that a player names right."""
+
+    def score(nets: Nets) -> float:
+        table, net = pictures(99), nets.find(player)
+        training = net.training
+        net.eval()
+        with torch.no_grad():
+            found = outputs(net, dict(table.columns))["logits"].argmax(-1)
+        net.train(training)
+        return (found == table["labels"]).double().mean().item()
+
+    return score
+
+
+def _seeing(w: World, player: str = "student", **nets: nn.Module) -> Scene:
+    made = Nets(**nets)
+    for role, width in (("student", 4), ("peer", 4), ("assistant", 6), ("net", 4)):
+        made.factories[role] = lambda width=width: Eye(width, w.norm)  # type: ignore[misc]
+    data = Batches(pictures(mask=w.mask), w.batch, seed=3)
+    fast = {"adam": {"lr": 1e-2}}  # papers have days, this has seconds
+    plan = Plan(20, optimizer=fast, optimizers={"student": fast, "generator": fast}, log_every=1)
+    return Scene(w.method, made, data, plan, accuracy(player))
+
+
+def plain(w: World) -> Scene:
+    """A teacher that knows, at hand or as a store of what it said, and a student that does not."""
+    made = _seeing(w, teacher=seeing_teacher(w.norm), student=Eye(4, w.norm, seed=1))
+    if not _accepts(made):
+        table: Table = made.data.table
+        with torch.no_grad():
+            said = made.nets.teacher(table["inputs"])["logits"].log_softmax(-1).topk(CLASSES - 1)
+        stored = {"teacher_ids": said.indices, "teacher_logprobs": said.values}
+        made.data = Batches(replace(table, columns={**table.columns, **stored}), w.batch, seed=3)
+    return made
+
+
+def _accepts(made: Scene) -> bool:
+    """Whether a method can be set up on batches that hold no signals of a teacher."""
+    try:
+        if hasattr(made.method, "setup"):
+            made.method.setup(copy.deepcopy(made.nets), next(copy.deepcopy(made.data)))
+    except BadInput:
+        return False
+    return True
+
+
+def many(w: World) -> Scene:
+    """The same with an assistant between the two."""
+    assistants = nn.ModuleList([Eye(6, w.norm, seed=2)])
+    return _seeing(w, teacher=seeing_teacher(w.norm), student=Eye(4, w.norm, seed=1), assistants=assistants)
+
+
+def online(w: World) -> Scene:
+    """Two peers, neither of whom knows."""
+    return _seeing(w, "peers.0", peers=nn.ModuleList([Eye(4, w.norm, seed=1), Eye(5, w.norm, seed=2)]))
+
+
+def _generator(reads: int) -> nn.Module:
+    """Pictures from codes [B, reads], at the scale of real ones."""
+    layers = (nn.Linear(reads, 32), nn.ReLU(), nn.Linear(32, SIZE * SIZE), nn.Unflatten(1, (1, SIZE, SIZE)))
+    return nn.Sequential(*layers, nn.BatchNorm2d(1, affine=False))
+
+
+def datafree(w: World) -> Scene:
+    """A teacher, a student, and a generator of pictures from codes; the data only say how many."""
+    latent = getattr(w.method, "latent", 8)
+    made = _seeing(w, teacher=seeing_teacher(w.norm), student=Eye(4, w.norm, seed=1), generator=_generator(latent))
+    made.plan = replace(made.plan, steps=80)
+    return made
+
+
+def continual(w: World) -> Scene:
+    """Two tasks of two classes each, one after the other."""
+    made = _seeing(w, student=Eye(4, w.norm, seed=1))
+    halves = {f"task{i}": pictures(i, EXAMPLES // 2, mask=w.mask, classes=c) for i, c in enumerate(((0, 1), (2, 3)))}
+    made.data = {name: Batches(table, w.batch, seed=3) for name, table in halves.items()}
+    return made
+
+
+def federated(w: World) -> Scene:
+    """Two clients of whom each has seen little of two classes; a generator reads noise and a class."""
+    latent = getattr(w.method, "latent", 8) + CLASSES
+    made = _seeing(w, student=Eye(4, w.norm, seed=1), generator=_generator(latent))
+    table: Table = made.data.table
+    often = torch.rand(EXAMPLES, generator=torch.Generator().manual_seed(1)) < 0.8
+    domain = torch.where(often, table["labels"] // 2, 1 - table["labels"] // 2)
+    made.data = Batches(replace(table, columns={**table.columns, "domain": domain}), w.batch, seed=3)
+    return made
+
+
+def datasets(w: World) -> Scene:
+    """Two pictures a class that begin as noise."""
+    made = _seeing(w)
+    made.nets.images = SynSet.noise((1, SIZE, SIZE), CLASSES, 2, seed=1)
+    made.data = Batches(pictures(), per_class=w.batch // CLASSES, seed=3)
+    made.plan = replace(made.plan, optimizers={"images": {"adam": {"lr": 0.1}}, "net": {"sgd": {"lr": 0.05}}})
+    made.score = _taught
+    return made
+
+
+def _taught(nets: Nets) -> float:
+    """Accuracy of kernel regression from the synthetic pictures."""
+    table = pictures(99)
+    with torch.no_grad():
+        found = kernel_logits(*nets.images(), table).argmax(-1)
+    return (found == table["labels"]).double().mean().item()
+
+
+# ---------------------------------------------------------------- a language
+
+
+WORDS, LENGTH = 32, 6
+
+
+class Witness(nn.Module):
+    """Passes on what it gets and counts its calls in training mode, as batch norm does."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x
+
+
+class Speaker(nn.Module):
+    """A language model that looks one token back: {"logits", "hidden"} of token ids [B, T]."""
+
+    def __init__(self, width: int, *, norm: bool = True, seed: int = 0, spread: float = 1.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.words, self.head = nn.Embedding(WORDS, width), nn.Linear(width, WORDS)
+        self.norm = Witness() if norm else nn.Identity()
+        with torch.no_grad():
+            self.head.weight *= spread
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        hidden = self.norm(self.words(inputs))
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+
+def language(w: World) -> Scene:
+    """The teacher is the very Markov chain that wrote the texts; the student begins with none of it."""
+    teacher, g = Speaker(4, norm=w.norm, seed=7, spread=3.0), torch.Generator().manual_seed(0)
+    chances = teacher(torch.arange(WORDS))["logits"].detach().softmax(-1)
+    text = torch.randint(WORDS, (EXAMPLES, 1), generator=g)
+    for _ in range(LENGTH):
+        text = torch.cat([text, torch.multinomial(chances[text[:, -1]], 1, generator=g)], 1)
+    mask = (
+        (torch.arange(LENGTH) >= torch.randint(1, LENGTH, (EXAMPLES, 1), generator=g))
+        if w.mask
+        else (torch.arange(LENGTH) > 0).expand(EXAMPLES, -1)
+    )
+    table = Table({"inputs": text[:, :-1], "labels": text[:, 1:], "mask": mask}, kind="tokens")
+    nets = Nets(teacher=teacher, student=Speaker(8, norm=w.norm, seed=1))
+    nets.factories["student"] = lambda: Speaker(8, norm=w.norm, seed=2)
+    plan = Plan(40, optimizer={"adam": {"lr": 0.05}}, log_every=1)
+    return Scene(w.method, nets, Batches(table, w.batch, seed=3), plan, _understanding, goal=0.0)
+
+
+def _understanding(nets: Nets) -> float:
+    """Minus KL(language || student) in nats a token, over all 32 contexts."""
+    words = torch.arange(WORDS)[:, None]
+    with torch.no_grad():
+        student, teacher = (nets.find(n)(words)["logits"][:, 0].double() for n in ("student", "teacher"))
+    return -kl(student, teacher).mean().item()
+
+
+# ---------------------------------------------------------------- noise to data
+
+
+MEAN, SPREAD, NOISE = (1.0, -0.5), (0.5, 0.8), EDM(t_min=0.02, t_max=10.0)
+
+
+class Field(nn.Module):
+    """A small network of points [B, 2] and times [B]; with `features` its inner layer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.body = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), Witness(), nn.Linear(32, 32), nn.SiLU())
+            self.head = nn.Linear(32, 2)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, features: bool = False) -> Tensor:
+        inner: Tensor = self.body(torch.cat([x, t.view(-1, 1).to(x)], 1))
+        return inner if features else self.head(inner)  # type: ignore[no-any-return]
+
+
+def samplers(w: World) -> Scene:
+    """The teacher denoises a Gaussian exactly; the student is a network that knows nothing."""
+    mean, spread = torch.tensor(MEAN), torch.tensor(SPREAD)
+    data = mean + spread * torch.randn(EXAMPLES, 2, generator=torch.Generator().manual_seed(0))
+    nets = Nets(teacher=GaussianDenoiser(mean, spread, NOISE), student=Denoiser(Field(1), NOISE, "edm"))
+    nets.factories["student"] = lambda: Denoiser(Field(2), NOISE, "edm")
+    table = Table({"inputs": data.to(torch.get_default_dtype()), "labels": torch.zeros(EXAMPLES, dtype=torch.long)})
+    plan = Plan(100, optimizer={"adam": {"lr": 5e-2}}, optimizers={"student": {"adam": {"lr": 5e-3}}}, log_every=1)
+    return Scene(w.method, nets, Batches(table, w.batch, seed=3), plan, _likeness, goal=0.0)
+
+
+def _likeness(nets: Nets) -> float:
+    """Minus the Frechet distance between what the student makes in one step and the Gaussian."""
+    noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(9))
+    made = generate(nets.student, noise, 1).double()
+    wanted = torch.tensor(MEAN).double(), torch.tensor(SPREAD).double().square().diag()
+    return -frechet_gaussians(made.mean(0), made.T.cov(), *wanted).item()
+
+
+# ---------------------------------------------------------------- networks to be made smaller
+
+
+class Residual(nn.Module):
+    """x + f(x), of two convolutions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.second, self.last = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = nn.functional.relu(self.norm(self.first(x)))
+        return nn.functional.relu(x + self.last(self.second(inner)))
+
+
+class Tower(nn.Module):
+    """A residual network: {"logits", "feats", "emb"} of pictures [B, 1, 8, 8]; its statistics are those of data."""
+
+    def __init__(self, width: int = 8, blocks: int = 4) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+            self.blocks = nn.ModuleList(Residual(width) for _ in range(blocks))
+            self.head = nn.Linear(width, CLASSES)
+            self.train()
+            with torch.no_grad():
+                for _ in range(3):
+                    self(pictures(5)["inputs"])
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        x = self.stem(inputs)
+        feats = []
+        for block in self.blocks:
+            x = block(x)
+            feats.append(x)
+        emb = x.mean((2, 3))
+        return {"logits": self.head(emb), "feats": feats, "emb": emb}
+
+
+WORLDS: dict[str, Callable[[World], Scene]] = {
+    "plain": plain,
+    "self": plain,
+    "many": many,
+    "online": online,
+    "datafree": datafree,
+    "continual": continual,
+    "datasets": datasets,
+    "federated": federated,
+    "samplers": samplers,
+    "policy": language,
+}

@@ -1,0 +1,173 @@
+"""Networks by name: those of the zoo, `timm:NAME`, `hf:NAME_OR_PATH`, and a class in the user's own `file.py:Class`.
+
+A network returns a dict of named tensors (logits, feats from shallow to deep, emb ...); those of other libraries return
+their own outputs, which `core/nets.outputs` names.
+"""
+
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck.core import knobs
+from limbeck.core.errors import BadInput, MissingExtra, nearest
+from limbeck.core.sampler import Denoiser
+from limbeck.zoo.convnet import convnet, mlp
+from limbeck.zoo.denoise import denoiser_mlp, generator, unet
+from limbeck.zoo.resnet import resnet, wrn
+from limbeck.zoo.text import bag, text_cnn
+from limbeck.zoo.transformer import tiny_lm, vit_tiny
+
+__all__ = ["DENOISERS", "NETS", "build"]
+
+NETS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": partial(resnet, depth=depth) for depth in (8, 14, 20, 26, 32, 44, 56, 110)},
+    **{
+        f"wrn{d}x{w}": partial(wrn, depth=d, widen=w) for d, w in ((16, 1), (16, 2), (16, 4), (28, 2), (40, 1), (40, 2))
+    },
+    "convnet": convnet,
+    "mlp": mlp,
+    "vit_tiny": vit_tiny,
+    "bag": bag,
+    "text_cnn": text_cnn,
+    "tiny_lm": tiny_lm,
+    "unet": unet,
+    "denoiser_mlp": denoiser_mlp,
+    "generator": generator,
+}
+DENOISERS = ("unet", "denoiser_mlp")
+FACTS = {
+    "classes": "class labels",
+    "channels": "pictures",
+    "size": "pictures or vectors",
+    "vocab": "token ids",
+}
+
+
+def build(
+    spec: str | Mapping[str, Any],
+    *,
+    classes: int | None = None,
+    channels: int | None = None,
+    size: int | None = None,
+    vocab: int | None = None,
+) -> nn.Module:
+    """A network with fresh random weights, except that `hf:` brings its own.
+
+    spec: a name, or {"net": name, knob: value}. Knobs go to the network's builder, where they may also overrule the
+    facts about the data: classes, channels and size (side of pictures, or length of vectors), vocab.
+
+    `unet` and `denoiser_mlp` come wrapped as a Denoiser; their knob `denoiser` says how, as Denoiser.from_spec reads
+    it, such as {"schedule": "flow", "kind": "flow"}. Left out, it is the preconditioning of Karras et al. for data of
+    unit deviation. `file.py:Class` may ask for any of the facts by name.
+    """
+    body = {"net": spec} if isinstance(spec, str) else dict(spec)
+    if "net" not in body:
+        raise BadInput("a network needs a `net`: a name of the zoo, timm:NAME, hf:NAME_OR_PATH or file.py:Class")
+    name = str(body.pop("net"))
+    facts = {"classes": classes, "channels": channels, "size": size, "vocab": vocab}
+    known = {key: value for key, value in facts.items() if value is not None}
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"), body, known)
+    if name.startswith("hf:"):
+        return _transformers(name.removeprefix("hf:"), body, known)
+    if ":" in name and name.partition(":")[0].endswith(".py"):
+        return _own(name, body, known)
+    if name not in NETS:
+        other = re.fullmatch(r"(?:resnet|wrn)\D*\d+.*", name) and f"; depths of the zoo: {', '.join(NETS)}"
+        raise BadInput(f"no network {name!r}{nearest(name, NETS) or other or ''}")
+    wrapped = body.pop("denoiser", {"schedule": {"edm": {"sigma_data": 1.0}}}) if name in DENOISERS else None
+    module = _called(name, NETS[name], body, known)
+    if wrapped is None:
+        return module
+    return Denoiser.from_spec(module, {"schedule": wrapped} if isinstance(wrapped, str) else dict(wrapped))
+
+
+def _called(
+    name: str, builder: Callable[..., nn.Module], given: Mapping[str, Any], known: Mapping[str, int]
+) -> nn.Module:
+    """Call a builder with its knobs and with those facts about the data that it asks for."""
+    function = builder.func if isinstance(builder, partial) else builder
+    fixed = builder.keywords if isinstance(builder, partial) else {}
+    for key in given:
+        if key in fixed:
+            raise BadInput(f"{name!r} says its own `{key}`, {fixed[key]}; choose another name for another `{key}`")
+    checked = knobs.check(name, function, given)
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key in FACTS and key not in checked and key in known:
+            checked[key] = known[key]
+        elif key not in checked and key not in fixed and parameter.default is inspect.Parameter.empty:
+            raise BadInput(f"{name!r} needs data with {FACTS.get(key, key)}, or `{key}` told; the data here has none")
+    try:
+        return builder(**checked)
+    except ValueError as error:
+        raise BadInput(f"{name!r}: {error}") from None
+
+
+def _timm(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise MissingExtra("timm", "vision") from None
+    if name not in timm.list_models(name) and name.split(".")[0] not in timm.list_models(name.split(".")[0]):
+        raise BadInput(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+    facts = {"num_classes": known.get("classes"), "in_chans": known.get("channels")}
+    try:
+        module: nn.Module = timm.create_model(name, **{k: v for k, v in facts.items() if v is not None} | given)
+    except (TypeError, RuntimeError) as error:
+        raise BadInput(f"timm:{name} cannot be built with {given}: {error}") from None
+    return module
+
+
+def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Module:
+    """A model of the transformers library with its weights: of causal language, text classes or picture classes."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("transformers", "text") from None
+    if "vocab" in known and "classes" not in known:
+        kind, facts = transformers.AutoModelForCausalLM, {}
+    else:
+        text = "vocab" in known
+        kind = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
+        facts = {"num_labels": known["classes"]} if "classes" in known else {}
+    try:
+        module: nn.Module = kind.from_pretrained(name, **facts | given)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"hf:{name} cannot be loaded: {(str(error).splitlines() or ['?'])[0]}") from None
+    return module
+
+
+def _own(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Module:
+    """A class or function of a local file that the user names; this runs the file."""
+    place, _, attribute = name.rpartition(":")
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise BadInput(f"there is no file {place!r} to take the network {attribute!r} from")
+    plan = importlib.util.spec_from_file_location(f"limbeck_own_{path.stem}", path.resolve())
+    assert plan is not None and plan.loader is not None
+    module = importlib.util.module_from_spec(plan)
+    sys.modules[plan.name] = module  # dataclasses and pickling of the user's classes look it up
+    plan.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise BadInput(f"{place} has no {attribute!r}{nearest(attribute, names)}")
+    maker = getattr(module, attribute)
+    parameters = inspect.signature(maker).parameters
+    for key in given:
+        if key not in parameters:
+            raise BadInput(f"{name} takes no {key!r}{nearest(key, parameters)}")
+    asked = {key: value for key, value in known.items() if key in parameters} | given
+    lacking = [k for k, p in parameters.items() if p.default is p.empty and k not in asked and p.kind in (1, 3)]
+    if lacking:
+        raise BadInput(f"{name} needs {lacking[0]!r}, which the data does not tell; give it beside `net`")
+    made = maker(**asked)
+    if not isinstance(made, nn.Module):
+        raise BadInput(f"{name} makes a {type(made).__name__}, not an nn.Module")
+    return made

@@ -1,0 +1,172 @@
+"""Small transformers: a language model and a picture classifier that share one block."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limbeck.core.card import require
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions: pairs of features of x [B, h, T, D] turned by an angle that grows with the place."""
+    t, half = x.shape[-2], x.shape[-1] // 2
+    speed = torch.exp(torch.arange(half, device=x.device, dtype=torch.float32) * (-math.log(10000.0) / half))
+    angle = torch.arange(t, device=x.device, dtype=torch.float32)[:, None] * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; returns its output and, when `maps` is on, the attention [B, h, T, T]."""
+
+    def __init__(self, width: int, heads: int, causal: bool, rotary: bool, maps: bool) -> None:
+        super().__init__()
+        self.heads, self.causal, self.rotary, self.maps = heads, causal, rotary, maps
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        b, t, width = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        attention = None
+        if self.maps:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            if self.causal:
+                later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+                scores = scores.masked_fill(later, float("-inf"))
+            attention = scores.softmax(-1)
+            mixed = attention @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).reshape(b, t, width)), attention
+
+
+class Block(nn.Module):
+    """Layer norm before attention and before a four times wider GELU layer, each beside an identity."""
+
+    def __init__(self, width: int, heads: int, causal: bool, rotary: bool, maps: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, causal, rotary, maps)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        mixed, attention = self.attention(self.norm1(x))
+        x = x + mixed
+        return x + self.down(F.gelu(self.up(self.norm2(x)))), attention
+
+
+def _start(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(layer.weight, std=0.02)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class LanguageModel(nn.Module):
+    """GPT-like: each place sees itself and what came before, and its logits are of the next token.
+
+    Returns logits [B, T, V], feats (after each block [B, T, D]), hidden [B, T, D] before the head, head [V, D], and
+    attn when asked for. `length` is the longest text it can read; None with rotary positions, which have no end.
+    """
+
+    def __init__(
+        self, vocab: int, width: int, layers: int, heads: int, length: int | None, tied: bool, maps: bool
+    ) -> None:
+        super().__init__()
+        self.length, self.vocab = length, vocab
+        self.embed = nn.Embedding(vocab, width)
+        self.places = None if length is None else nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, True, length is None, maps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        _start(self)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        x = self.embed(inputs)
+        if self.places is not None:
+            x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
+        feats, maps = [], []
+        for block in self.blocks:
+            x, attention = block(x)
+            feats.append(x)
+            maps.append(attention)
+        hidden = self.norm(x)
+        out = {"logits": self.head(hidden), "feats": feats, "hidden": hidden, "head": self.head.weight}
+        return out if maps and maps[0] is None else {**out, "attn": maps}
+
+
+def tiny_lm(
+    *,
+    vocab: int,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    length: int | None = None,
+    tied: bool = True,
+    attn: bool = False,
+) -> LanguageModel:
+    """width: of the residual stream, a multiple of 2 heads. layers, heads: of attention. length: longest text, which
+    makes positions learned instead of rotary. tied: the head is the embedding. attn: also return attention maps."""
+    require(width % (2 * heads) == 0, "width", width, f"a multiple of 2 x {heads} heads")
+    return LanguageModel(vocab, width, layers, heads, length, tied, attn)
+
+
+class ViT(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2020) without class token: the mean over patches is classified.
+
+    Returns logits [B, classes], feats (patches after each block [B, T, D]), emb [B, D], and attn when asked for.
+    """
+
+    def __init__(
+        self, classes: int, channels: int, size: int, patch: int, width: int, layers: int, heads: int, maps: bool
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.places = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, False, False, maps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+        _start(self)
+        nn.init.normal_(self.places, std=0.02)
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        x = self.patches(inputs).flatten(2).transpose(1, 2) + self.places
+        feats, maps = [], []
+        for block in self.blocks:
+            x, attention = block(x)
+            feats.append(x)
+            maps.append(attention)
+        emb = self.norm(x).mean(1)
+        out = {"logits": self.head(emb), "feats": feats, "emb": emb}
+        return out if maps and maps[0] is None else {**out, "attn": maps}
+
+
+def vit_tiny(
+    *,
+    classes: int,
+    channels: int,
+    size: int,
+    patch: int | None = None,
+    width: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+    attn: bool = False,
+) -> ViT:
+    """patch: side of a patch in pixels, a divisor of the picture's; a seventh or eighth of it if left out.
+    width, layers, heads: of the transformer. attn: also return attention maps."""
+    patch = patch or next(p for p in range(max(1, size // 8), size + 1) if size % p == 0)
+    require(size % patch == 0, "patch", patch, f"a divisor of the picture's side {size}")
+    require(width % heads == 0, "width", width, f"a multiple of {heads} heads")
+    return ViT(classes, channels, size, patch, width, layers, heads, attn)

@@ -1,8 +1,8 @@
 """limbeck: one house for distillation. Teach a student, shorten a sampler, condense a data set, shape the vessel.
 
-    import limbeck
-    result = limbeck.teach(teacher, student, "fashion_mnist_small", match=["ce", "kd"], epochs=5)
-    print(result.gain, result.folder)
+import limbeck
+result = limbeck.teach(teacher, student, "fashion_mnist_small", match=["ce", "kd"], epochs=5)
+print(result.gain, result.folder)
 """
 
 from typing import TYPE_CHECKING, Any

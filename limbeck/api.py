@@ -71,7 +71,7 @@ def condense(
     """Make a small training set of `ipc` examples a class, and judge it against as many random ones.
 
     method: "dm", "dc", "mtt", "kip", or a selection such as "herding". net: architecture that the set is made with and
-    judged by. steps: updates of the set. judge: any key of a recipe's `judge` block, such as {"train": {"epochs": 100}}.
+    judged by. steps: updates of the set. judge: keys of a recipe's `judge` block, such as {"train": {"epochs": 100}}.
     The artefact is a `Table` with inputs and labels.
     """
     body = dict(judge or {})

@@ -18,6 +18,7 @@ import yaml
 
 from limbeck.core import find
 from limbeck.core.errors import BadInput, nearest
+from limbeck.report.statistics import Gain, state
 
 LEVELS = ("none", "runs", "exact", "gains", "paper")
 MEANING = {
@@ -104,8 +105,8 @@ def level(key: str) -> str:
     checks = found["conformance"]
     if not checks or any(c["failed"] or c["vector"] != vector_digest(name) for name, c in checks.items()):
         return "runs"
-    gain = found["gain"]
-    if gain["n"] < 5 or not gain["low"] > 0:
+    gain = Gain(**found["gain"])
+    if gain.n < 5 or state(gain) != "helped":
         return "exact"
     published = found.get("published")
     return "paper" if published and published["reproduced"] else "gains"
@@ -146,7 +147,8 @@ def gain_text(key: str) -> str:
 
     gain, metric = found["gain"], found["metric"]
     text = numerals.gained(metric, gain["mean"], found["higher_is_better"])
-    return f"{text} [{numerals.between(metric, gain['low'], gain['high'], found['higher_is_better'])}], {gain['n']} seeds"
+    spread = numerals.between(metric, gain["low"], gain["high"], found["higher_is_better"])
+    return f"{text} [{spread}], {gain['n']} seeds"
 
 
 def markdown(chosen: Iterable[Row]) -> str:
@@ -156,7 +158,8 @@ def markdown(chosen: Iterable[Row]) -> str:
     for row in chosen:
         if row.family != family:
             family = row.family
-            lines += ["", f"### {family.replace('_', ' ')}", "", "| row | paper | tier | level | methods | gain over the control |", "|---|---|---|---|---|---|"]
+            lines += ["", f"### {family.replace('_', ' ')}", ""]
+            lines += ["| row | paper | tier | level | methods | gain over the control |", "|---|---|---|---|---|---|"]
         title = row.title.replace("|", "\\|")
         paper = f"[{title}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else title
         methods = ", ".join(f"`{m}`" for m in row.methods)
@@ -171,7 +174,8 @@ def summary() -> str:
     lines = ["| family | rows | " + " | ".join(LEVELS[1:]) + " |", "|---|---|" + "---|" * (len(LEVELS) - 1)]
     for family in sorted({r.family for r in everything}):
         n = sum(v for (f, _), v in counts.items() if f == family)
-        lines.append(f"| {family.replace('_', ' ')} | {n} | " + " | ".join(str(counts[family, x] or "") for x in LEVELS[1:]) + " |")
+        cells = " | ".join(str(counts[family, x] or "") for x in LEVELS[1:])
+        lines.append(f"| {family.replace('_', ' ')} | {n} | {cells} |")
     standing = [r for r in everything if r.level != "none"]
     lines += ["", f"{len(standing)} of {len(everything)} rows have evidence:", ""]
     lines += ["| row | methods | level | gain over the control |", "|---|---|---|---|"]

@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="a recipe, YAML")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="changes such as train.epochs=3 match.dkd.beta=4")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Folder = Annotated[Path | None, typer.Option("--out", help="run folder; default runs/<name>-<time>")]
 
@@ -43,7 +44,7 @@ def demo(
 @app.command()
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="a recipe, YAML; none with --resume")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="changes such as train.epochs=3 match.dkd.beta=4")] = None,
+    overrides: Overrides = None,
     out: Folder = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on in this run folder where it stopped")] = None,
     check: Annotated[bool, typer.Option("--check", help="read, check and print the recipe, and stop")] = False,
@@ -138,7 +139,8 @@ def new(
     from limbeck.core import find
     from limbeck.core.errors import nearest
 
-    folders = sorted({str(p.parent.relative_to(find.ROOT)) for f in find.FAMILIES for p in (find.ROOT / f).rglob("__init__.py")} - set(find.FAMILIES))
+    found = [p.parent.relative_to(find.ROOT) for f in find.FAMILIES for p in (find.ROOT / f).rglob("__init__.py")]
+    folders = sorted({p.as_posix() for p in found} - set(find.FAMILIES))
     if where not in folders:
         raise BadInput(f"there is no folder {where!r}{nearest(where, folders)}")
     if not name.isidentifier() or name != name.lower():
@@ -169,8 +171,8 @@ def check(name: Annotated[str, typer.Argument(help="a method")], as_json: AsJson
         say(json.dumps([asdict(o) for o in outcomes], indent=1, default=str))
     else:
         for o in outcomes:
-            mark = "excepted" if o.reason else ("passed" if o.passed else "FAILED")
-            say(f"{mark:<9} {o.check}" + (f": {o.reason or o.message}" if o.reason or not o.passed else ""))
+            mark = "FAILED" if not o.passed else "excepted" if o.exception else "passed"
+            say(f"{mark:<9} {o.check}" + (f": {o.message or o.exception}" if o.exception or not o.passed else ""))
         failed = sum(not o.passed for o in outcomes)
         say(f"{name}: {len(outcomes) - failed} of {len(outcomes)} checks hold")
     if any(not o.passed for o in outcomes):
@@ -234,7 +236,7 @@ def verify(
 @app.command()
 def label(
     recipe: Recipe,
-    overrides: Annotated[list[str] | None, typer.Argument(help="changes such as topk=5 store=signals")] = None,
+    overrides: Overrides = None,
     out: Folder = None,
 ) -> None:
     """Write a teacher's signals for a data set to a store, which `teach` reads instead of running the teacher."""

@@ -81,7 +81,7 @@ def describe(name: str) -> Description:
     module = inspect.getmodule(thing)
     idea = inspect.cleandoc(module.__doc__ or "").splitlines()[0] if module else ""
     types = knobs.annotations(thing)
-    shown = {k: f"{v!r}  ({getattr(types.get(k), '__name__', types.get(k))})" for k, v in find.knobs(thing).items()}
+    shown = {k: f"{v!r}  ({_type(types.get(k))})" for k, v in find.knobs(thing).items()}
     return Description(
         name,
         find.folder(name),
@@ -92,6 +92,14 @@ def describe(name: str) -> Description:
         shown,
         thing.card,
         thing.card.row or (name,),
+    )
+
+
+def _type(annotation: Any) -> str:
+    return (
+        annotation.__name__
+        if isinstance(annotation, type) and not hasattr(annotation, "__origin__")
+        else str(annotation)
     )
 
 

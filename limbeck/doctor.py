@@ -30,12 +30,15 @@ def examine() -> tuple[list[str], bool]:
     if torch.backends.mps.is_available():
         devices.append("mps")
     lines.append("devices: " + ", ".join(["cpu", *devices]))
-    lines.append(f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores (tiny networks run faster with OMP_NUM_THREADS=1)")
+    tip = "tiny networks run faster with OMP_NUM_THREADS=1"
+    lines.append(f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores ({tip})")
     for extra, modules in EXTRAS.items():
         absent = [m for m in modules if find_spec(m) is None]
-        lines.append(f"extra {extra}: " + (f"absent: {', '.join(absent)}; pip install 'limbeck[{extra}]'" if absent else "there"))
+        cure = f"absent: {', '.join(absent)}; pip install 'limbeck[{extra}]'"
+        lines.append(f"extra {extra}: {cure if absent else 'there'}")
     folder = os.environ.get("LIMBECK_DATA")
-    lines.append(f"LIMBECK_DATA: {folder or 'not set'}" + ("" if not folder or os.path.isdir(folder) else " (no such folder)"))
+    gone = folder is not None and not os.path.isdir(folder)
+    lines.append(f"LIMBECK_DATA: {folder or 'not set'}{' (no such folder)' if gone else ''}")
     began = time.monotonic()
     problems = self_test()
     lines += [f"self-test: {p}" for p in problems]

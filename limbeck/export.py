@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,11 @@ def export(run: Path, to: str, out: Path) -> Path:
     """
     if to not in FORMATS:
         raise BadInput(f"no export format {to!r}{nearest(to, FORMATS)}")
-    place = next((p for p in (run / "seed-0", run, *sorted(run.glob("seed-*"))) if (p / "weights.safetensors").exists()), None)
+    places = (run / "seed-0", run, *sorted(run.glob("seed-*")))
+    place = next((p for p in places if (p / "weights.safetensors").exists()), None)
     if place is None:
-        what = "it condensed a set: see seed-0/set.safetensors" if list(run.glob("seed-*/set.safetensors")) else "is it a run folder?"
+        condensed = list(run.glob("seed-*/set.safetensors"))
+        what = f"it condensed a set: {condensed[0]}" if condensed else "is it a run folder?"
         raise BadInput(f"{run} holds no trained network; {what}")
     out.mkdir(parents=True, exist_ok=True)
     return FORMATS[to](run, place, out)
@@ -47,10 +50,12 @@ def _network(run: Path, place: Path) -> tuple[nn.Module, Tensor]:
     """The student with its weights, and one example input."""
     recipe = load(run / "recipe.yaml")
     if not (place / "net.json").exists():
-        raise BadInput(f"{place} has weights but no net.json: the network was given as an object; export safetensors instead")
+        raise BadInput(f"{place} has no net.json: the network was given as an object; export safetensors instead")
     body = json.loads((place / "net.json").read_text())
     if recipe.data is None:
-        raise BadInput(f"{run / 'recipe.yaml'} names no data, so the input's shape is unknown; export safetensors instead")
+        raise BadInput(
+            f"{run / 'recipe.yaml'} names no data, so the input's shape is unknown; export safetensors instead"
+        )
     splits = build.load_splits(recipe.data.name, recipe.data.options)
     module = build.network(Net.model_validate(body), splits.train, run)
     load_weights(module, str(place / "weights.safetensors"), ())
@@ -97,9 +102,10 @@ def _onnx(run: Path, place: Path, out: Path) -> Path:
 
 def _hf(run: Path, place: Path, out: Path) -> Path:
     module, _ = _network(run, place)
-    inner = getattr(module, "model", module)
+    inner: Any = module if hasattr(module, "save_pretrained") else getattr(module, "model", module)
     if not hasattr(inner, "save_pretrained"):
-        raise BadInput(f"{type(inner).__name__} is no transformers model, so it has no `hf` form; use safetensors, torch or onnx")
+        kind = type(inner).__name__
+        raise BadInput(f"{kind} is no transformers model, so it has no `hf` form; use safetensors, torch or onnx")
     inner.save_pretrained(out)
     return out
 

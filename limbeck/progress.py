@@ -21,8 +21,8 @@ def live(*, quiet: bool = False) -> Iterator[Event]:
     if not console.is_terminal:
         yield _plain(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None, note="")
 
         def show(event: dict[str, Any]) -> None:
@@ -49,6 +49,7 @@ def _plain(console: Console) -> Event:
             console.print(event["note"], markup=False, highlight=False)
         elif "steps" in event and time.monotonic() - last[0] > 10:
             last[0] = time.monotonic()
-            console.print(f"  step {event['t'] + 1} of {event['steps']}, loss {event['loss']:.4f}", markup=False, highlight=False)
+            line = f"  step {event['t'] + 1} of {event['steps']}, loss {event['loss']:.4f}"
+            console.print(line, markup=False, highlight=False)
 
     return show

@@ -30,7 +30,7 @@ class Net(BaseModel):
     net: str = Field(description="zoo name, timm:NAME, hf:NAME_OR_PATH or file.py:Class")
     weights: str | None = Field(None, description="safetensors file, run folder, or zoo/NAME")
     taps: dict[str, str | list[str]] = Field(default_factory=dict, description="name -> layer paths to read")
-    train: "Train | None" = Field(None, description="train it first, on the same data with labels, when it has no weights")
+    train: "Train | None" = Field(None, description="train it first, when it has no weights, on the recipe's data")
     data: dict[str, Any] = Field(default_factory=dict, description="changes to `data` for that training")
 
     @model_validator(mode="before")
@@ -88,6 +88,17 @@ class Train(_Strict):
     track: str = Field("", description="also log to this tracker: tensorboard")
 
 
+class Store(_Strict):
+    """Teacher signals on disk. `teach` with a store reads it, and captures what is missing when a teacher is given."""
+
+    folder: str = Field("", description="default: a folder beside the runs, named by teacher and data")
+    topk: int = Field(0, ge=0, description="entries kept a place; 0 keeps all classes")
+    views: int = Field(1, gt=0, description="augmented views of each example")
+    augment: list[Any] = Field(default_factory=list, description="drawn once a view and stored with it")
+    bits: Literal[8, 16, 32] = Field(16, description="of a stored log-probability")
+    crops: int = Field(1, gt=0, description="views of an example in one batch")
+
+
 class Judge(_Strict):
     """How a condensed set is judged: fresh networks are trained on it."""
 
@@ -119,14 +130,13 @@ class Recipe(_Strict):
     nets: dict[str, Net | list[Net]] = Field(default_factory=dict, description="further networks by role")
     data: Data | None = None
     method: Spec | None = Field(None, description="training, shape or data method; default: the plain scheme")
-    match: list[Spec] = Field(default_factory=lambda: ["ce", "kd"], description="losses of the plain scheme")
+    match: list[Spec] = Field(["ce", "kd"], description="losses of the plain scheme")
     train: Train = Field(default_factory=lambda: Train(epochs=10))
     steps: int = Field(1, gt=0, description="shorten: sampling steps of the student")
     teacher_steps: int = Field(18, gt=0, description="shorten: sampling steps of the teacher")
     ipc: int = Field(10, gt=0, description="condense: examples a class")
     judge: Judge = Field(default_factory=Judge)
-    store: str = Field("", description="label: folder of teacher signals to write; teach: to read")
-    topk: int = Field(0, ge=0, description="label: entries kept an example; 0 keeps all")
+    store: Store | None = Field(None, description="teacher signals: written by label, read by teach")
     measure: list[Spec] = Field(default_factory=list)
     metric: str = Field("", description="the one figure that decides; default by verb and data")
     control: dict[str, Any] = Field(default_factory=dict, description="what the control changes besides its teacher")
@@ -160,6 +170,19 @@ Recipe.model_rebuild()
 Net.model_rebuild()
 
 
+MODELS: dict[Any, type[BaseModel]] = {
+    "train": Train,
+    "judge": Judge,
+    "store": Store,
+    "expect": Expect,
+    "stages": Recipe,
+    "teacher": Net,
+    "student": Net,
+    "net": Net,
+    "data": Data,
+}
+
+
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `changes` laid over it; mappings merge, everything else is replaced, None removes."""
     out = dict(base)
@@ -183,7 +206,8 @@ def _lines(node: yaml.Node, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in seen:
-                raise BadInput(f"{key.start_mark.name}:{line}: the key {key.value!r} is already on line {seen[key.value]}")
+                where = f"{key.start_mark.name}:{line}"
+                raise BadInput(f"{where}: the key {key.value!r} is already on line {seen[key.value]}")
             seen[key.value] = line
             yield from ((p, line if p == (*path, key.value) else n) for p, n in _lines(value, (*path, key.value)))
     elif isinstance(node, yaml.SequenceNode):
@@ -222,9 +246,14 @@ def check(tree: Mapping[str, Any], source: str, lines: Mapping[tuple[Any, ...], 
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        loc = tuple(p for p in first["loc"] if not (isinstance(p, str) and (p[:1].isupper() or "[" in p or p in ("str", "list"))))
+        loc = tuple(p for p in first["loc"] if not _is_type(p))
         raise BadInput(_sentence(source, loc, first, tree, lines or {})) from error
     return recipe
+
+
+def _is_type(part: Any) -> bool:
+    """Whether a part of an error's path is a member of a union rather than a key."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "list"))
 
 
 def _sentence(
@@ -246,10 +275,7 @@ def _sentence(
 def _known(loc: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in loc:
-        named: dict[Any, type[BaseModel]] = {
-            "train": Train, "judge": Judge, "expect": Expect, "stages": Recipe, "teacher": Net, "student": Net, "data": Data, "net": Net
-        }
-        model = named.get(part, model)
+        model = MODELS.get(part, model)
     return list(model.model_fields)
 
 
@@ -306,4 +332,5 @@ def _place(items: list[Any], part: str, override: str) -> int:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, without what was left at its default."""
-    return yaml.safe_dump({"name": recipe.name, "do": recipe.do, **recipe.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False, width=120)
+    body = {"name": recipe.name, "do": recipe.do, **recipe.model_dump(mode="json", exclude_defaults=True)}
+    return yaml.safe_dump(body, sort_keys=False, width=120)

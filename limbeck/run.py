@@ -73,7 +73,8 @@ def carry_out(setting: Setting, *, shared: Path | None = None) -> Result:
     """Run every arm under every seed of a setting that is already bound to data and networks."""
     recipe, folder = setting.recipe, setting.folder
     if recipe.do in ("label", "train", "evaluate"):
-        return label.run(setting)
+        alone: Result = label.run(setting)
+        return alone
     verb = VERBS[recipe.do]
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,10 +99,9 @@ def carry_out(setting: Setting, *, shared: Path | None = None) -> Result:
     from limbeck.report.page import html
 
     html([folder], folder / "report.html")
-    gain = statistics.Gain(**{k: v for k, v in result["gain"].items()})
-    return Result(
-        artefact, mean_metrics(arms["student"]), mean_metrics(arms.get("control", [])), gain, result["verdict"], folder, arms
-    )
+    gain = statistics.Gain(**result["gain"])
+    control = mean_metrics(arms.get("control", []))
+    return Result(artefact, mean_metrics(arms["student"]), control, gain, result["verdict"], folder, arms)
 
 
 def _arm(
@@ -143,7 +143,8 @@ def source_digest() -> str:
 def mean_metrics(outcomes: list[Outcome]) -> dict[str, float]:
     """Mean over seeds of every metric."""
     names = {name: None for outcome in outcomes for name in outcome.metrics}
-    return {n: sum(o.metrics[n] for o in outcomes if n in o.metrics) / max(1, sum(n in o.metrics for o in outcomes)) for n in names}
+    values = {n: [o.metrics[n] for o in outcomes if n in o.metrics] for n in names}
+    return {n: sum(v) / len(v) for n, v in values.items()}
 
 
 def deciding(recipe: Recipe, arms: Mapping[str, list[Outcome]]) -> str:
@@ -216,11 +217,13 @@ def commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(["git", "status", "--porcelain", "limbeck"], cwd=root, capture_output=True, text=True, timeout=10)
+        head, dirty = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "limbeck"))
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return head + ("+" if dirty else "")
 
 
 def new_folder(root: Path, name: str) -> Path:
@@ -295,6 +298,6 @@ def in_python(
 
     recipe = check(body, f"limbeck.{do}")
     where = Path(folder) if folder is not None else new_folder(Path("runs"), recipe.name)
-    splits: Splits = build.as_splits(data, recipe)
+    splits: Splits | None = build.as_splits(data, recipe)
     setting = build.setting(recipe, where, on_event, False, splits=splits, networks=networks)
     return carry_out(setting)

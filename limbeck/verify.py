@@ -31,7 +31,11 @@ def recipe_of(name: str) -> tuple[str, Recipe]:
 
 
 def verify(
-    name: str, *, seeds: int | None = None, root: Path = Path("runs"), on_event: Callable[[dict[str, Any]], None] | None = None
+    name: str,
+    *,
+    seeds: int | None = None,
+    root: Path = Path("runs"),
+    on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run one row's evidence and write it.
 

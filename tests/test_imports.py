@@ -28,10 +28,10 @@ LAYERS = (
     ("adapters",),
     ("report", "recipe"),
     ("verbs", "conformance"),
-    ("run", "catalogue"),
+    ("run", "catalogue", "progress"),
     ("api",),
     ("",),  # limbeck itself: the public API, which only looks things up when they are asked for
-    ("demo", "describe", "doctor", "export", "progress", "verify"),  # what the commands do
+    ("demo", "describe", "doctor", "export", "verify"),  # what the commands do
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

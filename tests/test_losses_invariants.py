@@ -339,3 +339,22 @@ def test_half_inputs_are_computed_in_single_precision_from_the_first_step(name):
     half = [x.bfloat16() if x.is_floating_point() else x for x in (s, *args)]
     single = [x.float() if x.is_floating_point() else x for x in half]
     assert torch.equal(get(name)(*half, **knobs), get(name)(*single, **knobs))
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "ce", "at", "rkd", "crd"])
+def test_autocast_does_not_reach_into_a_loss(name):
+    torch.manual_seed(0)
+    inputs = {
+        "crd": (torch.randn(4, 5), torch.randn(4, 7), torch.tensor([3, 0, 7, 11])),
+        "at": ([torch.randn(3, 2, 4, 4)], [torch.randn(3, 4, 4, 4)]),
+        "rkd": (torch.randn(6, 3), torch.randn(6, 4)),
+        "ce": (s.float(), y),
+        "dkd": (s.float(), t.float(), y),
+    }.get(name, (s.float(), t.float()))
+    out = []
+    for cast in (False, True):
+        loss = crd().float() if name == "crd" else get(name)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out.append(loss(*inputs))
+    assert torch.equal(*out)

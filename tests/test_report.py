@@ -643,7 +643,7 @@ def test_every_field_may_be_missing_or_wrong(tmp_path: Path) -> None:
     tried = 0
     whole["versions"] = {"torch": "2.13.0"}
     for path in places(whole):
-        for junk in [..., *dice.choice(JUNK)] if len(path) > 1 else [..., *JUNK]:
+        for junk in [..., dice.choice(JUNK)] if len(path) > 1 else [..., *JUNK]:
             (folder / "result.json").write_text(json.dumps(changed(whole, path, junk)))
             Reader(page.render(runs.read_all([folder])))
             markdown([folder])

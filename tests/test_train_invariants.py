@@ -263,6 +263,42 @@ def test_ban_has_no_gradient_where_student_and_teacher_agree():
     assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in nets.student.state_dict().items())
 
 
+def test_cwtm_weighs_by_confidence_and_an_even_teacher_gives_cross_entropy():
+    from limbeck.losses.logits.cwtm import cwtm
+
+    student, taught, labels = torch.randn(6, CLASSES), torch.randn(6, CLASSES), torch.arange(6) % CLASSES
+    even = torch.eye(CLASSES)[torch.arange(6) % CLASSES]
+    assert torch.allclose(cwtm(student, even, labels), F.cross_entropy(student, labels))
+    assert torch.allclose(cwtm(torch.zeros(6, CLASSES), taught, labels), torch.tensor(math.log(CLASSES)))  # sum to 1
+    sure = torch.zeros(6, CLASSES)
+    sure[2, 0] = 50.0
+    first = F.cross_entropy(student, labels, reduction="none")
+    wanted = (first[2] + (first.sum() - first[2]) / CLASSES) / (1 + 5 / CLASSES)
+    assert torch.allclose(cwtm(student, sure, labels), wanted)
+    mask = torch.arange(6) < 4
+    assert torch.allclose(cwtm(student, taught, labels, mask), cwtm(student[:4], taught[:4], labels[:4]))
+
+
+def test_dkpp_keeps_the_likeliest_class_and_all_probabilities():
+    from limbeck.losses.logits.dkpp import dkpp, shuffled
+
+    logp = torch.randn(500, 5).log_softmax(-1)
+    mixed = shuffled(logp)
+    assert torch.equal(mixed.argmax(-1), logp.argmax(-1))
+    assert torch.equal(mixed.sort(-1).values, logp.sort(-1).values)
+    moved = (mixed != logp).double().mean(0)
+    assert (moved - 0.75 * 0.8).abs().max() < 0.1  # 4 of 5 places shuffle, and 3 of 4 draws move an entry
+    student = torch.randn(500, 2)
+    assert torch.allclose(dkpp(student, logp[:, :2]), kl(logp[:, :2], student), atol=1e-6)
+
+
+@pytest.mark.parametrize("match", [("cwtm",), ("dkpp",), ("ce", {"kd": {"temperature": 1.0}})])
+def test_ban_can_do_its_ablations(match: tuple[Any, ...]):
+    nets = Nets(teacher=teacher(), student=Mlp(8))
+    run("ban", {"generations": 1, "match": match}, nets, steps=60, optimizer=ADAM)
+    assert accuracy(nets.student) > 0.85
+
+
 def test_ban_taps_follow_the_generations():
     from limbeck.core.taps import Taps
 
@@ -352,7 +388,7 @@ def test_dafl_losses_are_those_of_the_authors_code():
     from limbeck.losses.logits.kd import kd
 
     loss = kd(given["student_logits"], given["teacher_logits"], temperature=method.temperature).mean()
-    assert float(loss) == pytest.approx(wanted["student"], rel=1e-9)
+    assert loss.item() == pytest.approx(wanted["student"], rel=1e-9)
     (grad,) = torch.autograd.grad(loss, given["student_logits"])
     assert torch.allclose(grad, torch.tensor(wanted["student_grad"], dtype=torch.float64), rtol=1e-7, atol=1e-12)
 
@@ -508,7 +544,7 @@ def test_fedftg_without_repairs_is_federated_averaging():
     torch.manual_seed(3)
     nets = Nets(student=Mlp(8))
     server = copy.deepcopy(nets.student)
-    fitted = run("fedftg", {"server": 0, "local": 2}, nets, steps=4, optimizers={"clients": SGD})
+    fitted = run("fedftg", {"clients": 2, "server": 0, "local": 2}, nets, steps=4, optimizers={"clients": SGD})
     assert turns(fitted) == [(0, f"clients.{k}") for _ in range(4) for k in range(2)]
     stream, counts = batches(), torch.zeros(2)
     for _ in range(2):
@@ -530,7 +566,7 @@ def test_fedftg_without_repairs_is_federated_averaging():
 def test_fedftg_repairs_by_what_clients_know_of_each_class():
     torch.manual_seed(3)
     nets = Nets(student=Mlp(8, norm=True), generator=painter(6 + CLASSES))
-    method = knobs.make("fedftg", {"latent": 6, "local": 2, "server": 1, "tuning": 2})
+    method = knobs.make("fedftg", {"clients": 2, "latent": 6, "local": 2, "server": 1, "tuning": 2})
     fitted = fit(method, nets, batches(), Plan(2, optimizer=SGD, log_every=1))
     players = [p for _, p in turns(fitted)]
     assert players == ["clients.0", "clients.1"] * 2 + ["generator", "student", "student"]
@@ -551,7 +587,7 @@ def test_fedftg_repairs_by_what_clients_know_of_each_class():
 
 def test_fedftg_discrepancy_by_hand():
     nets = Nets(student=Mlp(8), generator=painter(6 + CLASSES), clients=nn.ModuleList([Mlp(4), Mlp(4)]))
-    method = knobs.make("fedftg", {"latent": 6})
+    method = knobs.make("fedftg", {"clients": 2, "latent": 6})
     method.setup(nets, next(batches()))
     nets.counts.of.copy_(torch.tensor([[3.0, 0.0, 1.0, 2.0], [1.0, 5.0, 1.0, 0.0]]))
     x, y = torch.randn(4, WIDTH), torch.tensor([0, 1, 2, 3])
@@ -571,18 +607,32 @@ def test_fedftg_gives_the_server_what_no_client_has():
     nets = Nets(student=Mlp(8), generator=painter(6 + CLASSES))
     before = accuracy(nets.student)
     fast = {"clients": SGD, "generator": ADAM, "student": {"sgd": {"lr": 0.01}}}
-    run("fedftg", {"latent": 6, "local": 5, "server": 2, "tuning": 2}, nets, steps=60, optimizers=fast)
+    run("fedftg", {"clients": 2, "latent": 6, "local": 5, "server": 2, "tuning": 2}, nets, steps=60, optimizers=fast)
     assert accuracy(nets.student) > max(0.85, before + 0.3)
 
 
 def test_fedftg_skips_clients_without_data_and_refuses_unknown_ones():
     nets = Nets(student=Mlp(8))
     nobody = {**next(batches()), "domain": torch.zeros(24, dtype=torch.long)}
-    method = knobs.make("fedftg", {"server": 0})
+    method = knobs.make("fedftg", {"clients": 2, "server": 0})
     method.setup(nets, nobody)
     assert [p for p, _ in method.step(nets, nobody, Clock(0, 10))] == ["clients.0"]
-    with pytest.raises(BadInput, match=r"`domain` in \[0, 2\)"):
+    with pytest.raises(BadInput, match=r"`domain` must be in \[0, 2\), the clients, got 2"):
         method.setup(nets, {**nobody, "domain": torch.full((24,), 2)})
+
+
+def test_fedftg_shares_out_data_that_belong_to_nobody():
+    nets = Nets(student=Mlp(8))
+    free = {k: v for k, v in next(batches(240)).items() if k != "domain"}
+    method = knobs.make("fedftg", {"clients": 3, "alpha": 0.5, "server": 0})
+    method.setup(nets, free)
+    found = {p: parts.count for p, parts in method.step(nets, free, Clock(0, 10))}
+    assert sum(found.values()) == 240 and set(found) <= {f"clients.{k}" for k in range(3)}
+    for c in range(CLASSES):
+        per_class = nets.counts.of[:, c] / nets.counts.of[:, c].sum()
+        assert (per_class - nets.counts.shares[c]).abs().max() < 4 * 0.5 / 50**0.5
+    with pytest.raises(ValueError, match="`alpha` must be > 0"):
+        knobs.make("fedftg", {"alpha": 0.0})
 
 
 def test_average_weighs_parameters_and_statistics():
@@ -609,6 +659,15 @@ def test_lwf_first_learns_then_keeps():
     assert fitted.turns[3][3]["task0"] == pytest.approx(0, abs=1e-6)  # the student still is the teacher
     assert fitted.turns[4][3]["task0"] > 0
     assert nets.heads.of.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["lwf", "mkd_ocl"])
+def test_tasks_share_out_the_classes(name: str):
+    labels = torch.tensor([4, 0, 2, 1, 3, 0, 4])
+    pools = knobs.make(name, {"tasks": 2}).pools(labels)
+    assert {k: labels[v].tolist() for k, v in pools.items()} == {"task0": [0, 2, 1, 0], "task1": [4, 3, 4]}
+    with pytest.raises(BadInput, match="5 classes cannot be shared out over 6 tasks"):
+        knobs.make(name, {"tasks": 6}).pools(labels)
 
 
 def test_lwf_by_hand():
@@ -720,7 +779,7 @@ def scene(name: str) -> tuple[dict[str, Any], Nets, Any]:
         return {"generations": 2, "match": ("kd", "fitnets")}, Nets(student=Mlp(8, norm=True)), batches()
     if name == "fedftg":
         nets = Nets(student=Mlp(8, norm=True), generator=painter(6 + CLASSES))
-        return {"latent": 6, "local": 2, "server": 1, "tuning": 1}, nets, batches()
+        return {"clients": 2, "latent": 6, "local": 2, "server": 1, "tuning": 1}, nets, batches()
     if name == "dafl":
         return {"latent": 6}, Nets(teacher=teacher(), student=Mlp(8), generator=painter(6)), batches()
     if name == "gkd":

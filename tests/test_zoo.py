@@ -1,6 +1,7 @@
 """The networks of the zoo: shapes, published parameter counts, what can be left out, and building by name."""
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +261,17 @@ def test_bad_names_and_knobs_get_one_clear_sentence(case: str) -> None:
 def test_a_missing_library_is_asked_for_by_its_extra(
     name: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(MissingExtra, match=rf"{library}.*limbeck\[{extra}\]"):
         build(name, classes=2, channels=3)
+
+
+def test_a_broken_library_is_one_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(BadInput, match="cannot be imported.*nms.*torchvision must fit torch"):
+        build("timm:resnet18", classes=2, channels=3)
 
 
 def test_timm_by_name() -> None:

@@ -95,6 +95,11 @@ def judge(name: str, key: str, check: Check, excuse: str = "") -> Outcome:
     return Outcome(key, bool(excuse) or not message, message, excuse, seconds)
 
 
-def self_test() -> list[Outcome]:
-    """What the loop promises whatever the method: a few seconds, for `limbeck doctor` and for the tests."""
-    return [judge("", key, check) for key, check in _checks_in(loop).items()]
+def loop_checks() -> dict[str, Check]:
+    """What the loop promises whatever the method, by name."""
+    return _checks_in(loop)
+
+
+def self_test(*, only: str = "") -> list[Outcome]:
+    """Check what the loop promises: a few seconds, for `limbeck doctor` and for the tests."""
+    return [judge("", key, check) for key, check in loop_checks().items() if only in ("", key)]

@@ -85,7 +85,9 @@ def save(folder: Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "space left" in str(error)
         reason = "the disk is full" if full else str(error)
-        raise LimbeckError(f"could not save the checkpoint {target}: {reason}; earlier checkpoints are intact") from error
+        raise LimbeckError(
+            f"could not save the checkpoint {target}: {reason}; earlier checkpoints are intact"
+        ) from error
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -97,7 +99,9 @@ def load(path: Path) -> Any:
         manifest = json.loads((path / "manifest.json").read_text())
         for name in FILES:
             if _sha256(path / name) != manifest[name]:
-                raise BadCheckpoint(f"{path / name} does not match its checksum: the checkpoint is corrupt or truncated")
+                raise BadCheckpoint(
+                    f"{path / name} does not match its checksum: the checkpoint is corrupt or truncated"
+                )
         return _unpack(json.loads((path / FILES[1]).read_text()), load_file(path / FILES[0]))
     except BadCheckpoint:
         raise
@@ -127,5 +131,9 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor.item()).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.ndim
+            else str(tensor.item()).encode()
+        )
     return digest.hexdigest()

@@ -112,7 +112,7 @@ class Plan:
 
 @dataclass
 class Fitted:
-    """What came out. turns: (stage, t, player, {part: value}) of every logged turn. validations: (stage, t, metrics)."""
+    """What came out. turns: (stage, t, player, {part: value}) of each logged turn; validations: (stage, t, metrics)."""
 
     nets: Nets
     turns: list[tuple[int, int, str, dict[str, float]]]
@@ -141,9 +141,13 @@ def fit(
 
     folder: where log.jsonl and checkpoints go; without it nothing is written. resume: go on from the newest whole
     checkpoint there; method, networks and data must be built as they were at first. Raises Interrupted after SIGTERM
-    or Ctrl-C, with the state saved.
+    or Ctrl-C, with the state saved. The global random state outside is left as it was.
     """
-    return _Run(method, nets, data, plan, validate, folder, on_event, accelerator or Accelerator()).go(resume)
+    outside = _rng()
+    try:
+        return _Run(method, nets, data, plan, validate, folder, on_event, accelerator or Accelerator()).go(resume)
+    finally:
+        _set_rng(outside)
 
 
 class _Run:
@@ -285,9 +289,13 @@ class _Run:
         turns: list[tuple[str, dict[str, Part]]] = []
         sums: _Sums | None = None
         ended = False
-        for i, generator in enumerate(generators):
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16 if self.plan.precision == "bf16" else torch.float16, enabled=self.plan.precision != "fp32"):
-                move = next(generator, None)
+        for i, moves in enumerate(generators):
+            with torch.autocast(
+                self.accelerator.device.type,
+                torch.bfloat16 if self.plan.precision == "bf16" else torch.float16,
+                enabled=self.plan.precision != "fp32",
+            ):
+                move = next(moves, None)
             if i and (move is None) != ended:
                 raise LimbeckError("the micro-batches of one step took different turns")
             ended = move is None
@@ -298,21 +306,25 @@ class _Run:
             if len(generators) == 1:
                 counts = {name: self._global(part.count) for name, part in parts.items()}
                 loss = sum((_divided(part, counts[name]) for name, part in parts.items()), torch.zeros(()))
-                self.scaler.scale(loss * shard.factor(self.accelerator)).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss * shard.factor(self.accelerator)).backward()
                 return player, {n: _divided(p, counts[n]).detach() for n, p in parts.items()}
             if player != turns[0][0]:
                 raise LimbeckError(f"micro-batches yielded {turns[0][0]!r} and {player!r} in one turn")
-            sums = sums or _Sums(self.nets.params(player), parts)
+            sums = sums or _Sums(self.nets.params(player), parts, self._global)
             sums.add(parts, lambda x: self.scaler.scale(x * shard.factor(self.accelerator)))
         if ended:
             return None
         assert sums is not None
-        return turns[0][0], sums.finish(self._global)
+        return turns[0][0], sums.finish()
 
     def _global(self, count: Tensor | int) -> Tensor | int:
         """A count over all processes, at least 1."""
         if self.world > 1:
-            count = torch.as_tensor(count, device=self.accelerator.device, dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32)
+            count = torch.as_tensor(
+                count,
+                device=self.accelerator.device,
+                dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
+            )
             count = self.accelerator.reduce(count, reduction="sum")
         return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
@@ -364,7 +376,9 @@ class _Run:
                 )
         self.fitted.turns.append((clock.stage, clock.t, player, values))
         line = {"t": clock.t, "stage": clock.stage, "player": player, "loss": sum(values.values()), "parts": values}
-        self._write({**line, "lr": optimizer.param_groups[0]["lr"], "seconds": round(self._elapsed(), 3), "steps": clock.steps})
+        self._write(
+            {**line, "lr": optimizer.param_groups[0]["lr"], "seconds": round(self._elapsed(), 3), "steps": clock.steps}
+        )
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:
@@ -475,7 +489,9 @@ class _Run:
         if self.folder is None:
             return None
         nets = self.nets
-        whole = [n for n in nets.modules if self.initial.get(n) != _mark(nets.modules[n])]  # frozen ones may be averaged
+        whole = [
+            n for n in nets.modules if self.initial.get(n) != _mark(nets.modules[n])
+        ]  # frozen ones may be averaged
         tree = {
             "stage": stage,
             "t": t,
@@ -544,13 +560,19 @@ class _Sums:
     Parts that share one count are summed in one backward pass; each further kind of count costs a pass and a buffer.
     """
 
-    def __init__(self, params: list[nn.Parameter], parts: Mapping[str, Part]) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        parts: Mapping[str, Part],
+        over_processes: Callable[[Tensor | int], Tensor | int],
+    ) -> None:
+        self.params, self.over_processes = params, over_processes
         groups: dict[Any, list[str]] = {}
         for name, part in parts.items():
             groups.setdefault(part.key, []).append(name)
         self.groups = list(groups.values())
-        self.references = [_floor(parts[names[0]].count) for names in self.groups]  # keeps sums in fp16's range
+        # sums stay in fp16's range; every process divides by the same, for FSDP mixes their gradients in backward
+        self.references = [over_processes(parts[names[0]].count) for names in self.groups]
         self.grads: list[list[Tensor | None]] = [[None] * len(params) for _ in self.groups]
         self.counts: list[list[Tensor | int]] = [[] for _ in self.groups]
         self.totals: dict[str, Tensor] = {}
@@ -562,7 +584,8 @@ class _Sums:
             scale(total).backward(retain_graph=g + 1 < len(self.groups))
             self.counts[g].append(parts[names[0]].count)
             for n in names:
-                self.totals[n] = self.totals.get(n, 0) + (parts[n].weight * parts[n].total).detach()  # type: ignore[operator]
+                now = (parts[n].weight * parts[n].total).detach()
+                self.totals[n] = self.totals[n] + now if n in self.totals else now
             if len(self.groups) > 1:
                 for i, p in enumerate(self.params):
                     if p.grad is not None:
@@ -570,15 +593,16 @@ class _Sums:
                         self.grads[g][i] = p.grad if held is None else held + p.grad
                         p.grad = None
 
-    def finish(self, over_processes: Callable[[Tensor | int], Tensor | int]) -> dict[str, Tensor]:
+    def finish(self) -> dict[str, Tensor]:
         """Leave the gradient of the mean in .grad; the means of the parts are returned."""
-        counts = [over_processes(sum(c)) for c in self.counts]
+        counts = [self.over_processes(sum(c)) for c in self.counts]
         for i, p in enumerate(self.params):
             if len(self.groups) == 1:
                 if p.grad is not None:
                     p.grad *= self.references[0] / counts[0]
                 continue
-            pieces = [grads[i] * (r / n) for grads, r, n in zip(self.grads, self.references, counts, strict=True) if grads[i] is not None]  # type: ignore[operator]
+            held = [(grads[i], r / n) for grads, r, n in zip(self.grads, self.references, counts, strict=True)]
+            pieces = [grad * factor for grad, factor in held if grad is not None]
             p.grad = torch.stack(pieces).sum(0) if pieces else None
         return {n: self.totals[n] / counts[g] for g, names in enumerate(self.groups) for n in names}
 
@@ -587,10 +611,6 @@ def _mark(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """Which tensors a network holds and how often each was written to: tells, at no cost, whether it has changed."""
     tensors = chain(module.parameters(), module.buffers())
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _floor(count: Tensor | int) -> Tensor | int:
-    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _divided(part: Part, count: Tensor | int) -> Tensor:

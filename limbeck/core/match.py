@@ -57,7 +57,7 @@ class Match:
                 if schedule.is_schedule(self.knobs[name]):
                     setattr(module, name, value)
             values = module(*positional, **optional)
-        return schedule.value(self.weight, progress) * mean(values, have.get("mask"))
+        return mean(values, have.get("mask")) * schedule.value(self.weight, progress)
 
 
 def pick(loss: str, name: str, have: Mapping[str, Any]) -> Any:

@@ -25,8 +25,10 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if reads is not None:
         out = module(*[batch[name] for name in reads])
     elif config is not None and hasattr(module, "main_input_name"):
-        extra = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
-        out = module(**{module.main_input_name: batch["inputs"]}, **extra, output_hidden_states=True)
+        asked = {str(module.main_input_name): batch["inputs"], "output_hidden_states": True}
+        if "attention_mask" in batch:
+            asked["attention_mask"] = batch["attention_mask"]
+        out = module(**asked)
     else:
         out = module(batch["inputs"])
     if isinstance(out, Tensor):

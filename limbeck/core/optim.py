@@ -34,7 +34,7 @@ def check(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]:
 def build(spec: Mapping[str, Any] | str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser over `params`; each group remembers its `initial_lr`, which schedules multiply."""
     name, options = check(spec)
-    optimizer = OPTIMIZERS[name](params, **options)  # type: ignore[call-arg]
+    optimizer = OPTIMIZERS[name](params, **options)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer

@@ -56,6 +56,6 @@ def rate(spec: Any, progress: float) -> float:
     if kind == "constant":
         return rise
     if kind == "step":
-        return rise * factor ** sum(progress >= a for a in at)
+        return float(rise * factor ** sum(progress >= a for a in at))
     fall = 1 - left if kind == "linear" else (1 + math.cos(math.pi * left)) / 2
     return rise * (final + (1 - final) * fall)

@@ -15,8 +15,8 @@ def ema_update(target: nn.Module, source: nn.Module, decay: float) -> None:
     """
     for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
         mine.lerp_(theirs.to(mine.dtype), 1 - decay)
-    for mine, theirs in zip(target.buffers(), source.buffers(), strict=True):
-        mine.copy_(theirs)
+    for own, other in zip(target.buffers(), source.buffers(), strict=True):
+        own.copy_(other)
 
 
 class Ema:

@@ -27,6 +27,7 @@ from limbeck.core.checkpoint import fingerprint
 from limbeck.core.errors import BadInput, LimbeckError, nearest
 from limbeck.core.maths import kl_logprobs, log_probs
 from limbeck.core.nets import Batch, evaluating, outputs
+from limbeck.core.partition import mixed
 
 __all__ = ["Recovery", "Store", "StoreInfo", "StoredBatches", "capture", "data_fingerprint", "fingerprint", "recover"]
 
@@ -491,7 +492,7 @@ class StoredBatches:
         total, columns = self.store.views, []
         for number in range(epoch * self.crops, (epoch + 1) * self.crops):
             round_, place = divmod(number, total)
-            order = _mix(self.seed, round_, index.numpy()[:, None], np.arange(total)[None]).argsort(1, kind="stable")
+            order = mixed(self.seed, round_, index.numpy()[:, None], np.arange(total)[None]).argsort(1, kind="stable")
             columns.append(torch.from_numpy(order[:, place]))
         return torch.stack(columns, 1)
 
@@ -516,15 +517,3 @@ class StoredBatches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there."""
         self.batches.load_state_dict(state)
-
-
-def _mix(*parts: Any) -> Array:
-    """A pseudo-random 64-bit number for every combination of whole numbers (splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = np.zeros((), np.uint64)
-        for part in parts:
-            x = (x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            x = x ^ (x >> np.uint64(31))
-    return x

@@ -94,8 +94,8 @@ class SynSet(nn.Module):
     def learn_rate(self, rate: float, unit: float) -> None:
         """Own a step size that is learned with the inputs. It is stored in multiples of `unit`: beside inputs that SGD
         moves at rate r, it moves as under an SGD of its own at rate r * unit**2."""
-        self.register_buffer("unit", torch.tensor(unit, device=self.codes.device))
-        self.units = nn.Parameter(torch.tensor(rate / unit, device=self.codes.device))
+        self.register_buffer("unit", self.codes.new_tensor(unit))
+        self.units = nn.Parameter(self.codes.new_tensor(rate / unit))
 
     @property
     def rate(self) -> Tensor | None:

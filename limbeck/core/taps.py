@@ -12,7 +12,7 @@ from limbeck.core.errors import BadInput, nearest
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
-        inner = getattr(module, "_orig_mod", None)
+        inner: nn.Module | None = getattr(module, "_orig_mod", None)
         if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = module.module
         if inner is None:

@@ -14,8 +14,7 @@ from limbeck.adapters.files import load as load_data
 from limbeck.core import find, knobs
 from limbeck.core.batches import Splits, Table, split
 from limbeck.core.errors import BadInput
-from limbeck.core.nets import Nets
-from limbeck.core.sampler import Denoiser
+from limbeck.core.nets import Nets, reinitialised
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs.setting import Event, Setting, batches_of, load_weights, make_plan, save_network
 from limbeck.zoo import nets as zoo
@@ -98,7 +97,8 @@ def as_splits(data: Any, recipe: Recipe) -> Splits | None:
         inputs = torch.stack([torch.as_tensor(r[0]) for r in rows])
         labels = torch.as_tensor([int(r[1]) for r in rows])
     else:
-        raise BadInput(f"data must be a name, a path, Splits, a Table, (inputs, labels) or a dataset, got {type(data).__name__}")
+        kinds = "a name, a path, Splits, a Table, (inputs, labels) or a dataset"
+        raise BadInput(f"data must be {kinds}, got {type(data).__name__}")
     kind: Any = {4: "images", 2: "vectors"}.get(inputs.ndim, "vectors")
     if not inputs.is_floating_point() and inputs.ndim == 2:
         kind = "tokens"
@@ -127,13 +127,11 @@ def describe(table: Table) -> dict[str, Any]:
 def network(spec: Net, table: Table, folder: Path) -> nn.Module:
     """A network from its spec, with its weights if it names some."""
     body = {"net": spec.net, **spec.options}
-    denoiser = body.pop("denoiser", None)
     module: nn.Module = zoo.build(body, **describe(table))
-    if denoiser is not None:  # {denoiser: {schedule: {edm: {sigma_data: 0.5}}, kind: edm}}
-        module = Denoiser.from_spec(module, {} if denoiser is True else dict(denoiser))
     if spec.weights is not None:
         load_weights(module, spec.weights, (folder, folder.parent, WEIGHTS, WEIGHTS.parent))
-    return module
+    # faster for convolutions on CPUs and GPUs alike; what is saved is contiguous again
+    return module.to(memory_format=torch.channels_last) if table.kind == "images" else module  # type: ignore[call-overload]
 
 
 def _builder(thing: Any) -> Callable[[], nn.Module]:
@@ -172,13 +170,13 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     if (place / "weights.safetensors").exists():
         load_weights(module, str(place / "weights.safetensors"), ())
         return
-    splits = load_splits(data["name"], {k: v for k, v in data.items() if k not in ("name", "augment")}) if spec.data else made.splits
+    splits = made.splits
+    if spec.data:
+        splits = load_splits(data["name"], {k: v for k, v in data.items() if k not in ("name", "augment")})
     if made.on_event is not None:
         made.on_event({"arm": "teacher", "seed": 0, "label": f"training the teacher {spec.net}"})
     torch.manual_seed(0)
-    for layer in module.modules():
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
+    module.load_state_dict(reinitialised(module).state_dict())
     changed = recipe.with_changes({"data": data}) if data else recipe
     batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"

@@ -92,7 +92,9 @@ def _chosen(setting: Setting, name: str, given: dict[str, Any], seed: int) -> tu
     """Real examples picked by a selection method, class by class, in the pixels or a proxy's embedding."""
     method, train = find.get(name), setting.splits.train
     if find.family(name) != "data":
-        raise BadInput(f"{name!r} is a method of {find.folder(name)}; condensing takes one of train/datasets or data/select")
+        raise BadInput(
+            f"{name!r} is a method of {find.folder(name)}; condensing takes one of train/datasets or data/select"
+        )
     given = knobs.check(name, method, given)
     asks = find.needs(method)
     if asks != ["features"]:

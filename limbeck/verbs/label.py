@@ -1,16 +1,17 @@
-"""label: a teacher's signals go to a store. train: one network, on labels. evaluate: measures only. None has a control."""
+"""The verbs without a control. label: teacher signals to a store; train: one network on labels; evaluate: measures."""
 
 import json
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from limbeck.core.errors import BadInput
 from limbeck.report.statistics import Gain
 from limbeck.verbs.setting import (
     Setting,
     batches_of,
+    captured,
     cost,
     default_measures,
     judge,
@@ -34,17 +35,24 @@ def run(setting: Setting) -> Any:
     nothing = Gain(float("nan"), float("nan"), float("nan"), 0)
     if recipe.do == "label":
         info = _label(setting)
-        return Result(info, {}, {}, nothing, str(info), folder)
+        kept = f"{info.topk} of {info.classes} entries, {info.views} view{'s' if info.views > 1 else ''} an example"
+        size = f"{info.bytes:,} bytes, {info.bytes_per_example:.0f} an example"
+        loss = f"mass kept {info.mass:.4f}, KL lost {info.kl:.2g} nats"
+        said = f"{info.examples} examples in {info.folder}: {kept}; {size}; {loss}"
+        return Result(info, {}, {}, nothing, said, folder)
     role = "student" if recipe.do == "train" or "student" in setting.builders else "teacher"
     seed = recipe.seeds[0]
     torch.manual_seed(seed)
     if recipe.do == "train":
-        changed = recipe if recipe.method or "match" in recipe.model_fields_set else recipe.with_changes({"match": ["ce"]})
+        told = recipe.method or "match" in recipe.model_fields_set
+        changed = recipe if told else recipe.with_changes({"match": ["ce"]})
         method = method_of(changed)
         nets = setting.nets(changed, method)
         learner = learner_of(method)
         batches = batches_of(recipe, setting.splits.train, seed)
-        validate = None if hasattr(nets.find(learner), "schedule") else validator(setting.splits.validation, recipe.train, learner, recipe.metric)
+        validate = validator(setting.splits.validation, recipe.train, learner, recipe.metric)
+        if hasattr(nets.find(learner), "schedule"):
+            validate = None
         setting.fit(method, nets, recipe.train, batches, seed=seed, folder=folder, validate=validate)
         module = nets.find(learner)
         save_network(module, folder, recipe.student)
@@ -60,9 +68,7 @@ def run(setting: Setting) -> Any:
 
 
 def _label(setting: Setting) -> Any:
-    from limbeck.core.store import capture
-
-    recipe = setting.recipe
-    if setting.teacher is None:
-        raise BadInput("labelling needs a teacher, and the recipe names none")
-    raise NotImplementedError(capture, recipe)
+    info = captured(setting)
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    (setting.folder / "store.json").write_text(json.dumps(asdict(info), indent=1))
+    return info

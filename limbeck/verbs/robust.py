@@ -14,7 +14,7 @@ SWAPPED = 0.08  # share of the tokens, a severity
 
 
 def stacked(module: nn.Module, table: Table) -> Tensor:
-    """Logits [S, N, C] on the clean table and on rising severities: Gaussian noise, or tokens swapped for random ones."""
+    """Logits [S, N, C] on the clean table and on rising severities of Gaussian noise, or of tokens swapped."""
     return torch.stack([logits(module, corrupted(table, s)) for s in range(SEVERITIES + 1)])
 
 

@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from limbeck.core import find, knobs
 from limbeck.core.batches import Batches, Splits, Table
+from limbeck.core.checkpoint import fingerprint
 from limbeck.core.errors import BadInput, LimbeckError, nearest
 from limbeck.core.evaluate import logits as predict
 from limbeck.core.loop import Fitted, Method, Plan, fit
 from limbeck.core.nets import Nets
+from limbeck.core.store import Store, StoredBatches, StoreInfo, capture, data_fingerprint
 from limbeck.core.taps import Taps, unwrap
 from limbeck.recipe import Net, Recipe, Spec, Train
+from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
 
 COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
+WEIGHTS = "weights.safetensors"
 CURVE = 512  # validation examples for the curve in the report, when nothing is selected by it
 
 Event = Callable[[dict[str, Any]], None]
@@ -53,6 +57,18 @@ class Outcome:
         """The outcome written there, or None."""
         path = folder / "outcome.json"
         return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+
+def outcome_of(label: str, metrics: dict[str, float], figures: Mapping[str, float], seconds: float) -> Outcome:
+    """An outcome from what `judge` and `cost` say."""
+    return Outcome(
+        label,
+        metrics,
+        parameters=int(figures["parameters"]),
+        bytes=int(figures["bytes"]),
+        latency_ms=figures["latency_ms"],
+        seconds=seconds,
+    )
 
 
 @dataclass
@@ -100,6 +116,10 @@ class Setting:
     def pools(self, recipe: Recipe, method: Method, seed: int) -> Any:
         """Training batches, or one stream a data pool for methods that read several (tasks, clients)."""
         table = self.splits.train
+        if recipe.store is not None:
+            info = captured(self)
+            plain = batches_of(recipe, table, seed, augment=False)
+            return StoredBatches(plain, Store.open(info.folder), crops=recipe.store.crops, seed=seed)
         if not hasattr(method, "pools"):
             return batches_of(recipe, table, seed)
         return {
@@ -191,6 +211,22 @@ def batches_of(recipe: Recipe, table: Table, seed: int, *, train: Train | None =
     )
 
 
+def captured(setting: Setting) -> StoreInfo:
+    """The recipe's store of teacher signals, with what was missing in it captured now."""
+    recipe, table = setting.recipe, setting.splits.train
+    spec = recipe.store or StoreSpec()
+    if setting.teacher is None:
+        if not spec.folder:
+            raise BadInput("teacher signals need a teacher to capture them, or the folder of a store")
+        return Store.open(spec.folder, data_fingerprint=data_fingerprint(table)).info()
+    key = f"{fingerprint(setting.teacher)[:12]}-{data_fingerprint(table)[:12]}-{spec.views}x{spec.topk}x{spec.bits}"
+    folder = Path(spec.folder) if spec.folder else setting.folder.parent / ".stores" / key
+    if setting.on_event is not None:
+        setting.on_event({"note": f"capturing teacher signals in {folder}"})
+    options = {"topk": spec.topk, "views": spec.views, "augment": spec.augment, "bits": spec.bits}
+    return capture(setting.teacher, table, folder, **options)  # type: ignore[arg-type]
+
+
 # ---- judging ---------------------------------------------------------------------------------------------------------
 def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
     """What to measure when the recipe does not say."""
@@ -199,7 +235,9 @@ def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
     return ["accuracy"] if table.num_classes else ["nll"]
 
 
-def judge(module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None = None) -> dict[str, float]:
+def judge(
+    module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None = None
+) -> dict[str, float]:
     """All measures of a network on a table, by name; what asks for a teacher is left out when there is none."""
     module.eval()
     have: dict[str, Any] = {"student_logits": predict(module, table)}
@@ -272,7 +310,7 @@ def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
         state[key] = value.detach().cpu().contiguous().clone()
     try:
         save_file(state, folder / ".weights")
-        (folder / ".weights").rename(folder / "weights.safetensors")
+        (folder / ".weights").rename(folder / WEIGHTS)
     except OSError as error:
         (folder / ".weights").unlink(missing_ok=True)
         raise LimbeckError(f"could not save the network in {folder}: {error.strerror}") from error
@@ -285,7 +323,8 @@ def load_weights(module: nn.Module, source: str, roots: Iterable[Path]) -> None:
     """Load safetensors weights from a file, a run folder, an arm's folder or a name below one of `roots`."""
     tried = []
     for root in (Path(), *roots):
-        for path in (root / source, root / f"{source}.safetensors", root / source / "weights.safetensors", root / source / "seed-0" / "weights.safetensors"):
+        folder = root / source
+        for path in (folder, root / f"{source}.safetensors", folder / WEIGHTS, folder / "seed-0" / WEIGHTS):
             tried.append(path)
             if path.is_file():
                 try:
@@ -298,4 +337,5 @@ def load_weights(module: nn.Module, source: str, roots: Iterable[Path]) -> None:
                     line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
                     raise BadInput(f"the weights in {path} do not fit {type(module).__name__}: {line}") from error
                 return
-    raise BadInput(f"there are no weights {source!r}; looked for {tried[0]}, {tried[1]} and below {', '.join(map(str, roots))}")
+    below = ", ".join(map(str, roots))
+    raise BadInput(f"there are no weights {source!r}; looked for {tried[0]}, {tried[1]} and below {below}")

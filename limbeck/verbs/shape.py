@@ -20,6 +20,7 @@ from limbeck.verbs.setting import (
     default_measures,
     judge,
     one,
+    outcome_of,
     save_network,
     validator,
 )
@@ -31,13 +32,16 @@ def arms(recipe: Recipe) -> list[str]:
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The same architecture from random weights on labels alone; the shaping method stays: it gives the architecture."""
+    """The same architecture from random weights, on labels; the shaping method stays, to give the architecture."""
     return recipe.with_changes({"match": ["ce"], "control": None, **recipe.control})
 
 
 def methods(recipe: Recipe) -> list[str]:
     """The shaping method and the losses of the recovery."""
-    return [knobs.split(recipe.method or "layer_choice")[0], *(m if isinstance(m, str) else next(iter(m)) for m in recipe.match)]
+    return [
+        knobs.split(recipe.method or "layer_choice")[0],
+        *(m if isinstance(m, str) else next(iter(m)) for m in recipe.match),
+    ]
 
 
 def label(recipe: Recipe, arm: str) -> str:
@@ -98,5 +102,4 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         save_network(module, folder, None)
     figures = cost(module, one(setting.splits.test))
     metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
-    sizes = {name: int(figures[name]) for name in ("parameters", "bytes")}
-    return Outcome(label(setting.recipe, arm), metrics, latency_ms=figures["latency_ms"], seconds=seconds, **sizes), module
+    return outcome_of(label(setting.recipe, arm), metrics, figures, seconds), module

@@ -14,7 +14,7 @@ from limbeck.core.nets import Nets, outputs
 from limbeck.core.sampler import Denoiser, generate
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
-from limbeck.verbs.setting import Outcome, Setting, batches_of, cost, save_network
+from limbeck.verbs.setting import Outcome, Setting, batches_of, cost, outcome_of, save_network
 
 SAMPLES = 2000
 SHOWN = 36
@@ -62,7 +62,9 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         for role in recipe.nets:
             if role != "features":
                 setattr(nets, role, setting.build(role))
-        fitted = setting.fit(method, nets, recipe.train, batches_of(recipe, setting.splits.train, seed), seed=seed, folder=folder)
+        fitted = setting.fit(
+            method, nets, recipe.train, batches_of(recipe, setting.splits.train, seed), seed=seed, folder=folder
+        )
         module, seconds = nets.student, fitted.seconds
         save_network(module, folder, recipe.student or recipe.teacher)
     test = setting.splits.test
@@ -73,8 +75,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     metrics = compare(setting, samples, test["inputs"])
     noise = torch.randn(1, *test["inputs"].shape[1:])
     figures = cost(Sampling(module, steps), {"inputs": noise})
-    sizes = {name: int(figures[name]) for name in ("parameters", "bytes")}
-    return Outcome(label(recipe, arm), metrics, latency_ms=figures["latency_ms"], seconds=seconds, **sizes), module
+    return outcome_of(label(recipe, arm), metrics, figures, seconds), module
 
 
 class Sampling(nn.Module):
@@ -107,7 +108,9 @@ def compare(setting: Setting, samples: Tensor, real: Tensor) -> dict[str, float]
         return out
     net = setting.build("features").eval()
     with torch.no_grad():
-        embedded = [torch.cat([outputs(net, {"inputs": p})["emb"].flatten(1) for p in x.split(500)]) for x in (real, samples)]
+        embedded = [
+            torch.cat([outputs(net, {"inputs": p})["emb"].flatten(1) for p in x.split(500)]) for x in (real, samples)
+        ]
     return {"frechet": float(frechet(*embedded))}
 
 
@@ -124,4 +127,10 @@ def pictures(setting: Setting, folder: Path) -> list[dict[str, str]]:
     if not shown:
         return []
     grid(shown, folder / "pictures" / "samples.png", columns=6)
-    return [{"title": "Samples from the same noise", "file": "pictures/samples.png", "caption": "each place shows one noise"}]
+    return [
+        {
+            "title": "Samples from the same noise",
+            "file": "pictures/samples.png",
+            "caption": "each place shows one noise",
+        }
+    ]

@@ -11,13 +11,13 @@ from limbeck.recipe import Recipe
 from limbeck.verbs.setting import (
     Outcome,
     Setting,
-    batches_of,
     cost,
     default_measures,
     judge,
     learner_of,
     method_of,
     one,
+    outcome_of,
     save_network,
     validator,
 )
@@ -80,17 +80,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         save_network(module, folder, recipe.student)
     metrics = judge(module, setting.splits.test, measures, setting.teacher)
     figures = cost(module, one(setting.splits.test))
-    return (
-        Outcome(
-            label(recipe, arm),
-            metrics,
-            parameters=int(figures["parameters"]),
-            bytes=int(figures["bytes"]),
-            latency_ms=figures["latency_ms"],
-            seconds=seconds,
-        ),
-        module,
-    )
+    return outcome_of(label(recipe, arm), metrics, figures, seconds), module
 
 
 def methods(recipe: Recipe) -> list[str]:

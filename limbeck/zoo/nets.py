@@ -115,6 +115,8 @@ def _timm(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Modu
         import timm
     except ImportError:
         raise MissingExtra("timm", "vision") from None
+    except (RuntimeError, OSError) as error:  # a torchvision whose compiled part was built for another torch
+        raise BadInput(f"timm is installed but cannot be imported: {error}; torchvision must fit torch") from None
     if name not in timm.list_models(name) and name.split(".")[0] not in timm.list_models(name.split(".")[0]):
         raise BadInput(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     facts = {"num_classes": known.get("classes"), "in_chans": known.get("channels")}

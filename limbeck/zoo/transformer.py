@@ -164,9 +164,9 @@ def vit_tiny(
     heads: int = 4,
     attn: bool = False,
 ) -> ViT:
-    """patch: side of a patch in pixels, a divisor of the picture's; a seventh or eighth of it if left out.
+    """patch: side of a patch in pixels, a divisor of the picture's; the smallest from 2 and an eighth up if left out.
     width, layers, heads: of the transformer. attn: also return attention maps."""
-    patch = patch or next(p for p in range(max(1, size // 8), size + 1) if size % p == 0)
+    patch = patch or next(p for p in range(max(2, size // 8), size + 1) if size % p == 0)
     require(size % patch == 0, "patch", patch, f"a divisor of the picture's side {size}")
     require(width % heads == 0, "width", width, f"a multiple of {heads} heads")
     return ViT(classes, channels, size, patch, width, layers, heads, attn)

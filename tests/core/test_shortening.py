@@ -219,7 +219,7 @@ def test_dmd2_agrees_with_the_authors_code(monkeypatch: pytest.MonkeyPatch) -> N
 def test_dmd2_gradient_is_the_normalised_difference_of_exact_denoisers() -> None:
     """p_real - p_fake over the mean |p_real| of each example, over the number of elements; 0 when the two agree."""
     nets = Nets(teacher=GaussianDenoiser(MEAN, STD))
-    method = DMD2(gan=0.0, gan_fake=0.0)
+    method = DMD2(gan=0.0)
     method.setup(nets, {"inputs": randn(2, 2)})
     x = randn(8, 2).requires_grad_()
     torch.manual_seed(0)
@@ -255,16 +255,20 @@ def test_dmd2_two_time_scales_and_switches() -> None:
         turns += [player for player, _ in play(method, nets, batch, t)]
     assert turns == ["student", "fake", "fake", "fake", "student", "fake", "fake", "fake", "student", "fake"]
 
-    method, nets, batch = dmd2_scene(gan=0.0, gan_fake=0.0)
+    method, nets, batch = dmd2_scene(gan=0.0)
     assert "fake" not in nets.companions
     assert [list(parts) for _, parts in play(method, nets, batch)] == [["matching"], ["denoising"]]
-    method, nets, batch = dmd2_scene(gan=0.0)
-    assert [list(parts) for _, parts in play(method, nets, batch)] == [["matching"], ["denoising", "gan"]]
+    method, nets, batch = dmd2_scene(gan_fake=0.5)
+    torch.manual_seed(0)
+    half = [float(parts["gan"]) for _, parts in play(method, nets, batch)]
+    method, nets, batch = dmd2_scene(gan_fake=1.0, gan=6e-3)
+    torch.manual_seed(0)
+    assert [float(parts["gan"]) for _, parts in play(method, nets, batch)] == pytest.approx([2 * v for v in half])
 
 
 def test_dmd2_simulates_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """With k steps, x is what the student's own sampling shows after a step that is drawn; only that step learns."""
-    method, nets, batch = dmd2_scene(steps=2, gan=0.0, gan_fake=0.0)
+    method, nets, batch = dmd2_scene(steps=2, gan=0.0)
     grid, seen = EDM().grid(2), []
     monkeypatch.setattr(DMD2, "matching", lambda self, nets, x, labels: seen.append(x) or x)
     p = nets.student.net.p
@@ -288,7 +292,7 @@ def test_dmd2_guidance_is_of_the_teacher_alone() -> None:
     labels, x = torch.arange(4), randn(4, 2)
     grads = []
     for guidance in (1.0, 3.0):
-        method = DMD2(guidance=guidance, guided=True, gan=0.0, gan_fake=0.0)
+        method = DMD2(guidance=guidance, guided=True, gan=0.0)
         method.setup(nets, {})
         torch.manual_seed(0)
         v = x.clone().requires_grad_()

@@ -9,7 +9,7 @@ from limbeck.core.maths import upcast
 
 
 @method(
-    paper="Welling 2009, ICML, eq. 3 and 4",
+    paper="Welling 2009, ICML (Herding dynamical weights to learn)",
     year=2009,
     code="PatrickZH/DeepCore@74ec709:deepcore/methods/herding.py",
     differs="the code takes the farthest point where the rule asks for the nearest; this takes the nearest",

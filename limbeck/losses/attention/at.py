@@ -15,7 +15,7 @@ from limbeck.core.maths import upcast
     arxiv="1612.03928",
     code="szagoruyko/attention-transfer@893df54:utils.py",
     differs="eq. 2 prints the norm of the difference; the authors' code and every published figure use its square over "
-    "the number of positions (section 4.1 puts that number into beta): eq. 2 is sqrt(H W x this) a layer and example. "
+    "the number of positions (the text puts that number into beta): eq. 2 is sqrt(H W x this) a layer and example. "
     "|A|^p as in the paper; the code takes A^p, the same for even p",
     zero_at_match=True,
 )

@@ -7,7 +7,7 @@ from limbeck.core.card import method, require
 
 
 @method(
-    paper="Gu et al. 2023 (MiniLLM), eq. 1; the single-step term of eq. 3",
+    paper="Gu et al. 2023 (MiniLLM), section 2.1; the single-step term of section 2.2",
     year=2023,
     arxiv="2306.08543",
     code="jongwooko/distillm@d47e77f:distillm/losses.py",

@@ -9,7 +9,7 @@ from limbeck.core.maths import gram, pairwise_distances, upcast
 
 
 @method(
-    paper="Park et al. 2019, eq. 4-10",
+    paper="Park et al. 2019, section 3.2",
     year=2019,
     arxiv="1904.05068",
     code="lenscloth/RKD@0a6c3c0:metric/loss.py",

@@ -21,6 +21,7 @@ def accuracy(student_logits: Tensor, labels: Tensor, *, top: int = 1) -> float:
 
     *Needs*: labels. *Relates to*: `agreement` asks the same of the teacher's choice instead of the label; `calibration`
         whether the probabilities can be believed.
+    *Differs*: see the card.
     """
     classes = student_logits.shape[-1]
     require(1 <= top <= classes, "top", top, f"in 1..{classes}")

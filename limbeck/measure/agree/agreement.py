@@ -23,6 +23,7 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, float
     *Needs*: logits of both over the same classes, on data that was not trained on.
     *Relates to*: `accuracy` for being right. A student may be accurate at low fidelity; fidelity matters when it has
         to stand in for the teacher (ensembles, speculative decoding, robustness).
+    *Differs*: see the card.
     """
     broken = student_logits.isnan().any(-1) | teacher_logits.isnan().any(-1)
     same = (student_logits.argmax(-1) == teacher_logits.argmax(-1)) & ~broken

@@ -24,6 +24,7 @@ def corruption(student_logits: Tensor, labels: Tensor) -> dict[str, float]:
     *Needs*: logits on corrupted copies of the test set, S >= 2, and their labels.
     *Relates to*: `accuracy` is its first point. Compare students by the relative error when their clean accuracies
         differ.
+    *Differs*: see the card.
     """
     severities = student_logits.shape[0] if student_logits.ndim == 3 else 0
     require(severities >= 2, "student_logits", tuple(student_logits.shape), "of shape [S, N, C] with S >= 2 severities")

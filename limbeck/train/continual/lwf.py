@@ -12,6 +12,7 @@ from limbeck.core.card import method, require
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.maths import FLOOR
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.partition import by_class
 from limbeck.core.reduce import Part, mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -77,6 +78,10 @@ class LwF:
         """Make room for the tasks' classes."""
         with torch.no_grad(), evaluating(nets.student):
             nets.heads = Heads(nets.run("student", probe)["logits"].shape[-1])
+
+    def pools(self, labels: Tensor) -> dict[str, Tensor]:
+        """The rows of each task: an equal part of the classes."""
+        return by_class(labels, self.tasks)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """One stage a task; what was learned so far becomes the teacher."""

@@ -12,6 +12,7 @@ from limbeck.core.augment import build
 from limbeck.core.card import method, require
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.partition import by_class
 from limbeck.core.reduce import mean
 from limbeck.core.state import Reservoir, ema_update
 from limbeck.losses.logits.ce import ce
@@ -19,7 +20,7 @@ from limbeck.losses.logits.kd import kd
 
 
 @method(
-    paper="Michel et al. 2023, section 4",
+    paper="Michel et al. 2023, momentum knowledge distillation",
     year=2023,
     arxiv="2309.02870",
     code="Nicolas1203/mkd_ocl@8796e3d:src/learners/ema/er_ema.py",
@@ -64,6 +65,10 @@ class MKDOCL:
         nets.momentum = copy.deepcopy(nets.student)
         nets.freeze("momentum")
         nets.memory = Reservoir(self.memory, {name: probe[name] for name in ("inputs", "labels")})
+
+    def pools(self, labels: Tensor) -> dict[str, Tensor]:
+        """The rows of each task: an equal part of the classes."""
+        return by_class(labels, self.tasks)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """One stage a task: a stretch of the stream."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributions import Dirichlet
 from torch.nn.functional import one_hot
 
 from limbeck.core.card import method, require
@@ -16,19 +17,25 @@ from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import pairwise_distances, reverse_kl
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.partition import by_client
 from limbeck.core.reduce import mean
 from limbeck.core.state import average
 from limbeck.losses.logits.ce import ce
 
 
 class Counts(nn.Module):
-    """How many examples of each class each client has trained on: `of` [K, C]. All that clients tell of their data."""
+    """How many examples of each class each client has trained on: `of` [K, C]. All that clients tell of their data.
+
+    shares: [C, K], which part of a class each client has, where the data do not say whose they are.
+    """
 
     of: Tensor
+    shares: Tensor
 
-    def __init__(self, clients: int, classes: int) -> None:
+    def __init__(self, clients: int, classes: int, alpha: float) -> None:
         super().__init__()
         self.register_buffer("of", torch.zeros(clients, classes))
+        self.register_buffer("shares", Dirichlet(torch.full((clients,), alpha)).sample((classes,)))
 
     @torch.no_grad()
     def add(self, domain: Tensor, labels: Tensor) -> None:
@@ -37,7 +44,7 @@ class Counts(nn.Module):
 
 
 @method(
-    paper="Zhang et al. 2022, algorithm 1 and eq. 2-9",
+    paper="Zhang et al. 2022, section 3",
     year=2022,
     arxiv="2203.09249",
     differs="every client takes part in every round; while it is repaired the average keeps its batch-norm statistics",
@@ -52,6 +59,8 @@ class FedFTG:
     L_md = sum_k a_k^y KL(D(x; w) || D(x; w_k)).
 
     clients: how many to make from the student when the recipe does not give them, >= 1.
+    alpha: > 0, where the batch has no `domain`: each class is shared out over the clients by a Dirichlet(alpha) draw,
+        the more unevenly the smaller it is; the paper takes 0.3 and 0.6.
     local: steps a round, >= 1.
     server: repairs a round, >= 0; 0 is plain federated averaging.
     tuning: turns of the server in a repair, >= 1.
@@ -59,11 +68,12 @@ class FedFTG:
     latent: numbers of noise, >= 1; the generator reads [B, latent + C], the noise and the class as one-hot.
 
     *Needs*: nets.student (the server), nets.generator unless server is 0, batches with labels and `domain`, the client
-    of each example. *Relates to*: with server 0 it is its own control; use `distill` where the data may be pooled.
+    of each example, or `index`, by which they are shared out. *Relates to*: with server 0 it is its own control; use `distill` where the data may be pooled.
     *Differs*: see the card. Rates of server and generator are not in the paper.
     """
 
-    clients: int = 2
+    clients: int = 10
+    alpha: float = 0.3
     local: int = 10
     server: int = 5
     tuning: int = 5
@@ -74,6 +84,7 @@ class FedFTG:
     def __post_init__(self) -> None:
         for name, least in (("clients", 1), ("local", 1), ("server", 0), ("tuning", 1), ("latent", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f">= {least}")
+        require(self.alpha > 0, "alpha", self.alpha, "> 0")
         for name in ("label", "diversity"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
 
@@ -83,24 +94,26 @@ class FedFTG:
         return {"clients": clients, "student": server, "generator": {"adam": {"lr": 1e-3}}}
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Copy the server to the clients, and check that every example belongs to one."""
+        """Copy the server to the clients, and see to it that every example belongs to one."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise BadInput("`fedftg` holds all clients in one process; start it without a launcher")
         if "clients" not in nets:
             nets.clients = nn.ModuleList(copy.deepcopy(nets.student) for _ in range(self.clients))
-        if "domain" not in probe or int(probe["domain"].max()) >= len(nets.clients):
-            raise BadInput(f"every example needs its client, `domain` in [0, {len(nets.clients)}), in the batch")
+        if "domain" in probe and int(probe["domain"].max()) >= (count := len(nets.clients)):
+            raise BadInput(f"`domain` must be in [0, {count}), the clients, got {int(probe['domain'].max())}")
         with torch.no_grad(), evaluating(nets.student):
-            nets.counts = Counts(len(nets.clients), nets.run("student", probe)["logits"].shape[-1])
+            classes = nets.run("student", probe)["logits"].shape[-1]
+        nets.counts = Counts(len(nets.clients), classes, self.alpha)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn of each client that has data in the batch; at the end of a round those of generator and server."""
-        nets.counts.add(batch["domain"], batch["labels"])
+        whose = batch["domain"] if "domain" in batch else by_client(batch["index"], batch["labels"], nets.counts.shares)
+        nets.counts.add(whose, batch["labels"])
         if clock.t % self.local == 0:
             for client in nets.clients:
                 client.load_state_dict(nets.student.state_dict())
-        for k in batch["domain"].unique().tolist():
-            own = {name: v[batch["domain"] == k] for name, v in batch.items() if name in ("inputs", "labels")}
+        for k in whose.unique().tolist():
+            own = {name: batch[name][whose == k] for name in ("inputs", "labels")}
             yield f"clients.{k}", mean(ce(nets.run(f"clients.{k}", own)["logits"], own["labels"]))
         if (clock.t + 1) % self.local and clock.t + 1 < clock.steps:
             return

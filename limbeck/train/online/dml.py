@@ -18,7 +18,7 @@ UNLABELLED = -100
 
 
 @method(
-    paper="Zhang et al. 2017, algorithm 1 and eq. 7",
+    paper="Zhang et al. 2017, algorithm 1",
     year=2017,
     arxiv="1706.00384",
     code="YingZhangDUT/Deep-Mutual-Learning@34a2058:train_models.py",

@@ -17,7 +17,7 @@ from limbeck.core.store import recover
 
 
 @method(
-    paper="Shen and Xing 2021, section 3 and eq. 4",
+    paper="Shen and Xing 2021, section 3",
     year=2021,
     arxiv="2112.01528",
     code="szq0214/FKD@afd5294:FKD/train_FKD.py",

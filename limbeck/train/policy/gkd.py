@@ -15,7 +15,7 @@ from limbeck.core.reduce import mean
 
 
 @method(
-    paper="Agarwal et al. 2023, algorithm 1 and eq. 1",
+    paper="Agarwal et al. 2023, algorithm 1 and section 3",
     year=2023,
     arxiv="2306.13649",
     differs="one draw of on-policy or not a batch, not a sequence; the reinforcement-learning term is left out",

@@ -37,7 +37,7 @@ class DMD2:
     ratio: steps of the fake score for one of the student, >= 1; the paper's is 5, 10 for Stable Diffusion.
     steps: of the student, >= 1. Beyond 1, x comes from backward simulation: the student's own first k - 1 steps
         without gradient, then step k, k drawn for the whole batch.
-    gan: weight of softplus(-critic(x)) for the student, >= 0; 0 trains without critic and data. The paper's is 3e-3.
+    gan: weight of softplus(-critic(x)) for the student, >= 0; at 0 there is no critic. The paper's is 3e-3.
     gan_fake: weight of softplus(critic(x)) + softplus(-critic(data)) for the fake score, >= 0.
     guidance: classifier-free guidance of the teacher, >= 0; 1 is none. Needs `guided`.
     levels: noise levels from t_min to t_max, >= 2. low, high: shares of them between which x is compared, in [0, 1].
@@ -72,7 +72,7 @@ class DMD2:
             nets.student = copy.deepcopy(nets.teacher).train().requires_grad_(True)
         nets.student.solver = "renoise"
         nets.fake = copy.deepcopy(nets.teacher).train().requires_grad_(True)
-        if self.gan or self.gan_fake:
+        if self.gan:
             if "discriminator" not in nets:
                 nets.discriminator = head(nets.fake, probe["inputs"])
             nets.companions.setdefault("fake", []).append("discriminator")
@@ -119,7 +119,7 @@ class DMD2:
 
     def judging(self, nets: Nets, x: Tensor, real: Tensor, labels: Tensor | None) -> dict[str, Part]:
         """The critic's own part, when there is one."""
-        if not self.gan_fake:
+        if not self.gan:
             return {}
         is_real, is_fake = self.critic(nets, real, labels), self.critic(nets, x, labels)
         return {"gan": self.gan_fake * mean(softplus(is_fake) + softplus(-is_real))}
@@ -133,7 +133,7 @@ def head(fake: Denoiser, inputs: Tensor) -> nn.Module:
     except TypeError as error:
         raise BadInput(
             f"the critic reads inner features, and {type(fake.net).__name__}.forward does not take `features=True`; "
-            "add it, or set `gan` and `gan_fake` to 0"
+            "add it, or set `gan` to 0"
         ) from error
     layers: list[nn.Module] = []
     if len(shape) == 3:

@@ -1,0 +1,45 @@
+"""A training set shared out among tasks and clients, as pure functions of labels and row numbers."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from limbeck.core.errors import BadInput
+
+
+def by_class(labels: Tensor, tasks: int) -> dict[str, Tensor]:
+    """Rows of task0, task1, ...: the classes in order, as evenly shared out as their number allows.
+
+    labels: [N] class indices.
+    """
+    classes = labels.unique()
+    if tasks > len(classes):
+        raise BadInput(f"{len(classes)} classes cannot be shared out over {tasks} tasks; give at most {len(classes)}")
+    groups = classes.tensor_split(tasks)
+    return {f"task{k}": torch.isin(labels, group).nonzero()[:, 0] for k, group in enumerate(groups)}
+
+
+def by_client(index: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
+    """The client of each example, in [0, K): always the same for the same example.
+
+    index: [B] row numbers. labels: [B] classes. shares: [C, K], each class's distribution over the clients.
+    """
+    place = mixed(0, index.cpu().numpy()).astype(np.float64) / 2.0**64
+    limits = shares.double().cpu().cumsum(1)[labels.cpu()]
+    client = (torch.from_numpy(place)[:, None] >= limits).sum(1).clamp_max(shares.shape[1] - 1)
+    return client.to(labels.device)
+
+
+def mixed(*parts: Any) -> NDArray[np.uint64]:
+    """A pseudo-random 64-bit number for every combination of whole numbers or arrays of them (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = np.zeros((), np.uint64)
+        for part in parts:
+            x = (x ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return np.asarray(x)

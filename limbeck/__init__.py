@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from limbeck.api import condense, shape, shorten, teach
     from limbeck.core.find import get, knobs, names, needs
     from limbeck.recipe import Recipe
-    from limbeck.run import Result, run
+    from limbeck.run import run
+    from limbeck.verbs.result import Result
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Result", "condense", "get", "knobs", "names", "needs", "run", "shape", "shorten", "teach"]
@@ -26,7 +27,7 @@ _WHERE = {
     "needs": "limbeck.core.find",
     "knobs": "limbeck.core.find",
     "Recipe": "limbeck.recipe",
-    "Result": "limbeck.run",
+    "Result": "limbeck.verbs.result",
     "run": "limbeck.run",
 }
 

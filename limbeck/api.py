@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from limbeck.recipe import Spec
-from limbeck.run import Network, Result, in_python
+from limbeck.run import Network, in_python
+from limbeck.verbs.result import Result
 
 Event = Callable[[dict[str, Any]], None]
 

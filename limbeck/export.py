@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from limbeck.core.errors import BadInput, MissingExtra, nearest
 from limbeck.core.nets import outputs
 from limbeck.recipe import Net, load
+from limbeck.shape.quant.fake_quant import plain
 from limbeck.verbs import build
 from limbeck.verbs.setting import load_weights, one
+from limbeck.verbs.shape import shaped
 
 
 class Logits(nn.Module):
@@ -49,6 +51,11 @@ def export(run: Path, to: str, out: Path) -> Path:
 def _network(run: Path, place: Path) -> tuple[nn.Module, Tensor]:
     """The student with its weights, and one example input."""
     recipe = load(run / "recipe.yaml")
+    if recipe.do == "shape" and recipe.teacher is not None:
+        setting = build.setting(recipe, run, None, False)
+        made = shaped(setting)
+        load_weights(made, str(place / "weights.safetensors"), ())
+        return plain(made).eval(), one(setting.splits.test)["inputs"]
     if not (place / "net.json").exists():
         raise BadInput(f"{place} has no net.json: the network was given as an object; export safetensors instead")
     body = json.loads((place / "net.json").read_text())

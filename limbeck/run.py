@@ -6,7 +6,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -21,31 +20,11 @@ from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, dump
 from limbeck.report import numerals, statistics
 from limbeck.verbs import build, condense, label, shape, shorten, teach
+from limbeck.verbs.result import Result
 from limbeck.verbs.setting import Event, Outcome, Setting
 
 VERBS: dict[str, ModuleType] = {"teach": teach, "condense": condense, "shorten": shorten, "shape": shape}
 REPORTED = ("torch", "numpy", "accelerate", "safetensors", "limbeck")
-
-
-@dataclass
-class Result:
-    """What a run gave.
-
-    artefact: the student (an nn.Module) or the condensed set (a Table), of the first seed. metrics: its test metrics,
-    mean over seeds. control: the same of the control. gain: how much better than the control, in the deciding metric.
-    folder: recipe, logs, weights, result.json and report.html.
-    """
-
-    artefact: Any
-    metrics: dict[str, float]
-    control: dict[str, float]
-    gain: statistics.Gain
-    verdict: str
-    folder: Path
-    arms: dict[str, list[Outcome]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.verdict} ({self.folder})"
 
 
 def run(
@@ -180,6 +159,7 @@ def summary(recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float) -
                 "bytes": outcomes[0].bytes,
                 "latency_ms": outcomes[0].latency_ms,
                 "seconds": [round(o.seconds, 3) for o in outcomes],
+                **outcomes[0].sizes,
             }
             for arm, outcomes in arms.items()
         },

@@ -105,6 +105,22 @@ def test_layer_choice_leaves_what_changes_the_shape(make, stay):
         get("layer_choice")(teacher, keep=[0, 1, 2, 4, 5, 6, 7, 8])
 
 
+def test_layer_choice_leaves_what_halves_the_map_at_equal_width():
+    half = lambda stride: nn.Sequential(OrderedDict(conv=nn.Conv2d(2, 2, 3, stride, 1), relu=nn.ReLU()))
+    teacher = nn.Module()
+    teacher.stages = nn.ModuleList(
+        nn.Sequential(Wrapped(half(2)), Wrapped(half(1)), Wrapped(half(2))) for _ in range(2)
+    )
+    student = get("layer_choice")(teacher, keep_every=3)
+    assert [[block.inner.conv.stride for block in stage] for stage in student.stages] == [[(2, 2), (2, 2)]] * 2
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
 @pytest.mark.parametrize(
     ("teacher", "knobs", "message"),
     [

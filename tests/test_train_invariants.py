@@ -70,7 +70,8 @@ _TEACHER: list[Mlp] = []
 def teacher() -> Mlp:
     """A copy of a network that knows the blobs."""
     if not _TEACHER:
-        net = Mlp(32)
+        with torch.random.fork_rng():  # the first call leaves the random state as every other does
+            net = Mlp(32)
         fit(knobs.make("distill", {"match": ("ce",)}), Nets(student=net), batches(), Plan(80, optimizer=ADAM))
         _TEACHER.append(net)
     return copy.deepcopy(_TEACHER[0])
@@ -419,7 +420,7 @@ def test_dafl_teaches_without_looking_at_the_data():
     assert turns(fitted)[:4] == [(0, "generator"), (0, "student")] * 2
     assert accuracy(nets.student) > 0.8
     assert all(torch.equal(v, still[k]) for k, v in nets.teacher.state_dict().items())
-    with pytest.raises(BadInput, match="codes of 5 numbers"):
+    with pytest.raises(BadInput, match=r"the generator does not read codes \(`latent`\) of 5 numbers"):
         run("dafl", {"latent": 5}, nets, nothing)
 
 
@@ -511,8 +512,12 @@ def test_gkd_writes_on_from_the_prompts_and_counts_only_what_it_wrote():
     assert method.rollout(nets, unmasked)["mask"].all()
     fixed = knobs.make("gkd", {"on_policy": 1.0, "prompt": 3})
     assert fixed.rollout(nets, unmasked)["mask"].sum(1).eq(6).all()  # tokens 4 to 9 of 9
-    loss = fixed.step(nets, unmasked, Clock(0, 1))
-    assert next(loss)[1].count == 24 * 6
+    assert next(fixed.step(nets, unmasked, Clock(0, 1)))[1].count == 24 * 6
+    later = torch.where(method.starts(batch) > 3, method.starts(batch), 3)
+    supervised = knobs.make("gkd", {"on_policy": 0.0, "prompt": 3})
+    for given in (fixed, supervised):
+        assert torch.equal(given.starts(batch), later)
+        assert next(given.step(nets, batch, Clock(0, 1)))[1].count == (9 - later).sum()
 
 
 def test_gkd_does_not_count_what_comes_after_the_end():
@@ -570,9 +575,9 @@ def test_fedftg_repairs_by_what_clients_know_of_each_class():
     fitted = fit(method, nets, batches(), Plan(2, optimizer=SGD, log_every=1))
     players = [p for _, p in turns(fitted)]
     assert players == ["clients.0", "clients.1"] * 2 + ["generator", "student", "student"]
-    share = nets.counts.of / nets.counts.of.sum(0)
-    assert nets.counts.of.sum() == 48 and torch.allclose(share.sum(0), torch.ones(CLASSES))
-    weight = nets.counts.of.sum(1) / 48
+    assert nets.federation.counts.sum() == 48
+    assert torch.allclose(nets.federation.knowledge.sum(0), torch.ones(CLASSES))
+    weight = nets.federation.counts.sum(1) / 48
     mean = sum(w * c.norm.running_mean for w, c in zip(weight, nets.clients, strict=True))
     assert torch.allclose(nets.student.norm.running_mean, mean, atol=1e-6)  # the repair left the statistics alone
     for client in nets.clients:
@@ -581,7 +586,7 @@ def test_fedftg_repairs_by_what_clients_know_of_each_class():
         net.eval()
     x, y = torch.randn(5, WIDTH), torch.tensor([0, 1, 2, 3, 0])
     loss, joint = method.discrepancy(nets, x, y)
-    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
     assert torch.allclose(joint.exp(), nets.student(x)["logits"].softmax(-1), atol=1e-5)
 
 
@@ -589,7 +594,7 @@ def test_fedftg_discrepancy_by_hand():
     nets = Nets(student=Mlp(8), generator=painter(6 + CLASSES), clients=nn.ModuleList([Mlp(4), Mlp(4)]))
     method = knobs.make("fedftg", {"clients": 2, "latent": 6})
     method.setup(nets, next(batches()))
-    nets.counts.of.copy_(torch.tensor([[3.0, 0.0, 1.0, 2.0], [1.0, 5.0, 1.0, 0.0]]))
+    nets.federation.counts.copy_(torch.tensor([[3.0, 0.0, 1.0, 2.0], [1.0, 5.0, 1.0, 0.0]]))
     x, y = torch.randn(4, WIDTH), torch.tensor([0, 1, 2, 3])
     w, one, two = nets.student(x)["logits"], nets.clients[0](x)["logits"], nets.clients[1](x)["logits"]
     a = torch.tensor([0.75, 0.0, 0.5, 1.0])
@@ -629,8 +634,11 @@ def test_fedftg_shares_out_data_that_belong_to_nobody():
     found = {p: parts.count for p, parts in method.step(nets, free, Clock(0, 10))}
     assert sum(found.values()) == 240 and set(found) <= {f"clients.{k}" for k in range(3)}
     for c in range(CLASSES):
-        per_class = nets.counts.of[:, c] / nets.counts.of[:, c].sum()
-        assert (per_class - nets.counts.shares[c]).abs().max() < 4 * 0.5 / 50**0.5
+        per_class = nets.federation.knowledge[:, c]
+        assert (per_class - nets.federation.shares[c]).abs().max() < 4 * 0.5 / 50**0.5
+    with pytest.raises(BadInput, match=r"does not read noise and class \(`latent` \+ C\) of 9 numbers"):
+        made = Nets(student=Mlp(8), generator=painter(6))
+        knobs.make("fedftg", {"latent": 5}).setup(made, free)
     with pytest.raises(ValueError, match="`alpha` must be > 0"):
         knobs.make("fedftg", {"alpha": 0.0})
 

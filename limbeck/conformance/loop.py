@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from limbeck.conformance.expect import Broken, close, expect, same_state
 from limbeck.core import checkpoint, schedule
-from limbeck.core.batches import Batches, Table
+from limbeck.core.batches import Batches, Stream, Table
 from limbeck.core.errors import BadCheckpoint, Interrupted, LimbeckError
 from limbeck.core.loop import Clock, Fitted, Plan, Turn, fit
+from limbeck.core.match import Match
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, mean
-from limbeck.core.state import Ema
+from limbeck.core.state import Ema, Queue, ema_update
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def _nets(*players: str) -> Nets:
     return Nets(**{p: nn.Linear(3, 1) for p in players or ("student",)})
 
 
-def _run(plan: Plan, *, method: Any = None, size: int = 8, **options: Any) -> Fitted:
-    return fit(method or Regression(), _nets(), _data(size), plan, **options)
+def _run(plan: Plan, *, method: Any = None, data: Callable[[], Any] | None = None, size: int = 8, **options: Any) -> Fitted:
+    return fit(method or Regression(), _nets(), data() if data else _data(size), plan, **options)
 
 
 def _weights(nets: Nets, player: str = "student") -> Tensor:
@@ -158,17 +159,20 @@ def check_best_weights(name: str) -> None:
 
 def check_resume_with_everything(name: str) -> None:
     """Moments, schedules, averages, selection, three random generators and the place in the data survive a stop."""
-    for optimizer in ({"adam": {"lr": 0.05}}, {"sgd": {"lr": 0.05, "momentum": 0.9}}):
+    kinds: list[tuple[Any, Callable[[], Any]]] = [
+        ({"adam": {"lr": 0.05}}, _data),
+        ({"sgd": {"lr": 0.05, "momentum": 0.9}}, lambda: Stream([next(d) for d in [_data()] for _ in range(4)])),
+        ({"adam": {"lr": 0.05}}, lambda: (batch for batch in _data())),  # cannot tell its place
+    ]
+    for optimizer, data in kinds:
         plan = Plan(8, optimizer=optimizer, schedule="cosine", ema=0.8, clip=1.0, log_every=1)
         method = Regression(noise=0.5)
-        whole = _run(plan, method=method)
+        whole = _run(plan, method=method, data=data)
         for at in (0, 3, 7):
             with tempfile.TemporaryDirectory() as root:
-                again = _cut(plan, at, Path(root), method=method)
-            expect(
-                torch.equal(_weights(again.nets), _weights(whole.nets)),
-                f"stopped after step {at}, the run ends elsewhere",
-            )
+                again = _cut(plan, at, Path(root), method=method, data=data)
+            same = torch.equal(_weights(again.nets), _weights(whole.nets))
+            expect(same, f"stopped after step {at}, the run ends elsewhere")
             expect(again.turns == whole.turns, f"stopped after step {at}, the run logs other values")
 
 
@@ -222,6 +226,7 @@ def check_reduction(name: str) -> None:
     nothing = mean(values, torch.zeros(4, dtype=torch.bool))
     (grad,) = torch.autograd.grad(nothing.value, values)
     expect(nothing.value.item() == 0 and not grad.any(), "the mean of nothing is not 0 with a zero gradient")
+    expect(mean(torch.ones(2, 3)).value.item() == 1, "the mean of [B, T] is not over its elements")
     tokens, rows = torch.ones(2, 3), torch.tensor([True, False])
     expect(
         mean(tokens, rows).value.item() == 1 and float(mean(tokens, rows).count) == 3,
@@ -326,3 +331,34 @@ def check_moving_average(name: str) -> None:
             module.weight.item() == 1.0, f"the average of 0 and 4 at decay 0.75 is said to be {module.weight.item()}"
         )
     expect(module.weight.item() == 4.0, "after a look at the average the module does not have its own weights")
+    norms = [nn.BatchNorm1d(1) for _ in range(2)]
+    with torch.no_grad():
+        norms[0].weight.fill_(0.0)
+        norms[1].weight.fill_(4.0)
+    norms[1].running_mean = torch.full((1,), 7.0)
+    ema_update(norms[0], norms[1], 0.75)
+    expect(norms[0].weight.item() == 1.0, f"ema_update takes 0 to {norms[0].weight.item()} towards 4 at decay 0.75, not 1")
+    expect(norms[0].running_mean == 7.0, "ema_update does not copy statistics")
+
+
+def check_queue(name: str) -> None:
+    """core/state: first in, first out, and what is held is state."""
+    queue = Queue(3, 1)
+    for row in range(4):
+        queue.push(torch.full((1, 1), float(row)))
+    expect(sorted(queue.read().flatten().tolist()) == [1, 2, 3], f"after 0, 1, 2, 3 a queue of three holds {queue.read().tolist()}")
+    again = Queue(3, 1)
+    again.load_state_dict(queue.state_dict())
+    for one in (queue, again):
+        one.push(torch.full((1, 1), 4.0))
+    expect(again.read().equal(queue.read()), "a loaded queue goes on differently")
+
+
+def check_matching(name: str) -> None:
+    """core/match: weights and knobs, plain or on a schedule, reach the loss; the mask reaches the mean."""
+    scaled: Callable[..., Tensor] = lambda student_logits, *, scale=1.0: scale * student_logits
+    have = {"student_logits": torch.tensor([1.0, 3.0, 50.0]), "mask": torch.tensor([True, True, False])}
+    match = Match("scaled", scaled, {"scale": {"linear": [1.0, 3.0]}}, weight={"linear": [1.0, 0.0]})
+    for progress, wanted in ((0.0, 2.0), (0.25, 0.75 * 1.5 * 2.0), (1.0, 0.0)):
+        found = float(match.part(have, progress))
+        expect(abs(found - wanted) < 1e-6, f"at progress {progress} a scheduled loss is {found}, not {wanted}")

@@ -39,7 +39,7 @@ def in_training(method: Any, inputs: Inputs, **options: Any) -> tuple[Tensor, In
     inputs = fresh(inputs)
     total = loss(method, inputs, **options)
     expect(total.requires_grad, "the loss has no gradient")
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     return total, inputs
 
 
@@ -96,7 +96,7 @@ def _reference(method: Any, vector: dict[str, Any]) -> None:
             rtol=1e-9,
             atol=1e-12,
         )
-    total.sum().backward()  # type: ignore[no-untyped-call]
+    total.sum().backward()
     for key, grad in wanted.items():
         listed = isinstance(inputs[key], list)
         for i, leaf in enumerate(inputs[key] if listed else [inputs[key]]):
@@ -150,7 +150,7 @@ def check_gradient(name: str) -> None:
     method = find.get(name)
     inputs = fresh(tensors(method))
     module = build(method, inputs).double() if is_module(method) else None
-    loss(method, inputs, module=module).backward()  # type: ignore[no-untyped-call]
+    loss(method, inputs, module=module).backward()
     for name_, leaf in leaves(inputs, "teacher"):
         expect(leaf.grad is None, f"a gradient reaches {name_}: detach it")
     moved: dict[str, bool] = {}
@@ -223,7 +223,7 @@ def check_precision(name: str) -> None:
             total = mean(out, ours.get("mask")).value
             gap = abs(total.item() - wanted.item()) / max(abs(wanted.item()), 1e-2)
             expect(gap < 0.01, f"the loss is off by {gap:.1%} {how}: {total.item():.6g} instead of {wanted.item():.6g}")
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             for key, leaf in leaves(ours, "student"):
                 expect(leaf.grad is None or leaf.grad.isfinite().all(), f"the gradient of {key} is not finite {how}")
 
@@ -243,7 +243,7 @@ def check_extremes(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in what):
             out = values(method, ours := fresh(inputs))
         expect(out.isfinite().all(), f"the loss is not finite for {what}")
-        mean(out, ours.get("mask")).value.backward()  # type: ignore[no-untyped-call]
+        mean(out, ours.get("mask")).value.backward()
         for key, leaf in leaves(ours, "student"):
             expect(leaf.grad is None or leaf.grad.isfinite().all(), f"the gradient of {key} is not finite for {what}")
 
@@ -267,7 +267,7 @@ def check_zero_at_match(name: str) -> None:
         inputs = _matched(method, scale=scale)
         out = values(method, inputs)
         expect(out.abs().max() < 1e-9, f"the loss is {out.abs().max().item():.3g} at student = teacher")
-        mean(out, inputs.get("mask")).value.backward()  # type: ignore[no-untyped-call]
+        mean(out, inputs.get("mask")).value.backward()
         for key, leaf in leaves(inputs, "student"):
             steep = 0.0 if leaf.grad is None else leaf.grad.abs().max().item()
             expect(steep < 1e-6, f"the gradient of {key} is {steep:.3g} at student = teacher")
@@ -354,7 +354,7 @@ def check_descent(name: str) -> None:
     for step in range(30):
         total = loss(method, inputs, module=module)
         optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         if step == 0:
             for key, value in inputs.items():
                 pairs = zip(value, before[key], strict=True) if isinstance(value, list) else [(value, before[key])]
@@ -401,7 +401,7 @@ class _Trained:
             self.steps += 1
             inputs = fresh(tensors(self.method, dtype=torch.float32, seed=self.steps))
             total = loss(self.method, inputs, module=self.module, seed=self.steps)
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             if self.optimizer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()

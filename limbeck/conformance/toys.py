@@ -140,7 +140,7 @@ def _teacher_state(norm: bool) -> dict[str, Tensor]:
         for _ in range(40):
             loss = nn.functional.cross_entropy(teacher(table["inputs"].float())["logits"], table["labels"])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     return {k: v.detach().clone() for k, v in teacher.state_dict().items()}
 

@@ -41,14 +41,15 @@ class Watched:
 
     def __init__(self, method: Any) -> None:
         self.method = method
-        self.nets: Nets | None = None
         self.given: set[str] = set()
         self.before: State = {}
         self.turn = ""
         self.trained: set[str] = set()
         self.averaged: set[str] = set()
         self.turns = self.afters = 0
-        self.inside: set[str] = set()
+        self.inside: set[tuple[int, str]] = set()
+        self.by_stage: dict[int, set[str]] = {}
+        self.early: set[str] | None = None
         self.problems: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -74,11 +75,13 @@ class Watched:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """The method's step, watched at every yield."""
-        self.nets = nets
+        if self.early is None:
+            self.early = {name for name, m in nets.modules.items() if any(True for _ in m.parameters())} - self.given
         self.changed(nets)
         for player, parts in self.method.step(nets, batch, clock):
             self.trained |= self.own(nets, player)
-            self._inside(nets)
+            self.by_stage.setdefault(clock.stage, set()).update(self.own(nets, player))
+            self._inside(nets, clock.stage)
             self._teachers(nets)
             self._apart(nets)
             self.turn = player
@@ -89,7 +92,7 @@ class Watched:
                 kept = [k for k, p in module.named_parameters() if p.grad is not None]
                 if kept:
                     self.complain(f"after the turn of {player!r}, {name}.{kept[0]} still has a gradient")
-        self._inside(nets)
+        self._inside(nets, clock.stage)
 
     def after(self, nets: Nets, player: str, clock: Clock) -> None:
         """Called by the loop right after an optimiser step: judge that step, then let the method act."""
@@ -106,20 +109,18 @@ class Watched:
             if bad:
                 self.complain(f"`after` changed {bad[0]!r}: the teacher stays still")
 
-    def _inside(self, nets: Nets) -> None:
+    def _inside(self, nets: Nets, stage: int) -> None:
         """Note what changes while the method computes between two yields."""
         for key in self.changed(nets):
             root, _, rest = key.partition(".")
             is_weight = rest in dict(nets.modules[root].named_parameters())
             if is_weight or root in self.given:  # a module of its own may keep memory in buffers
-                self.inside.add(key)
+                self.inside.add((stage, key))
 
     def verdict(self) -> list[str]:
         """What is wrong, after the run. Whoever has turns may be renewed, and see data, between them; nobody else."""
-        bad = sorted(k for k in self.inside if not any(k.startswith(f"{p}.") for p in self.trained))
-        moved = [
-            f"`step` changed {k!r}, which has no turn: averages move in `after`, teachers in eval mode" for k in bad
-        ]
+        bad = sorted(k for stage, k in self.inside if not any(k.startswith(f"{p}.") for p in self.by_stage[stage]))
+        moved = [f"`step` changed {k!r}, which has no turn: averages move in `after`, others are frozen" for k in bad]
         return self.problems + moved
 
     def _teachers(self, nets: Nets) -> None:
@@ -194,13 +195,11 @@ def check_only_those_with_a_turn_change(name: str) -> None:
 
 
 def check_networks_of_its_own(name: str) -> None:
-    """A network that the method adds is a teacher, is trained, or is averaged: a copy that never moves is forgotten."""
-    watched, made, _ = watch(name, steps=STEPS)
-    for root in set(made.nets.modules) - watched.given:
-        module = made.nets.modules[root]
-        moving = root in roots(watched.trained) or root in watched.averaged
-        kept = root in roots(made.nets.frozen) or not list(module.parameters())
-        expect(moving or kept, f"the method adds {root!r}, which is neither frozen, trained, nor averaged")
+    """A network that the method adds is trained, averaged, or called teacher: a copy that never moves is forgotten."""
+    watched, _, _ = watch(name, steps=STEPS)
+    for root in sorted(watched.early or ()):
+        moves = root in roots(watched.trained) | watched.averaged or root.startswith("teacher")
+        expect(moves, f"the method adds {root!r}, which is neither trained nor averaged; a frozen one is called teacher")
 
 
 @concerns(lambda method: hasattr(method, "optimizers"))

@@ -181,15 +181,12 @@ class _Run:
 
     # ---- the run as a whole ----------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Fitted:
-        seed = self.plan.seed + self.accelerator.process_index
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        # not `seed` itself: the networks were probably built under it, and a fresh one would be the same again
-        torch.manual_seed(generator("training", seed).initial_seed())
+        _seed(self.plan.seed)  # what `setup` makes is the same on every process
         self.nets.to(self.accelerator.device)
         probe, self.pools = self._peek()
         if hasattr(self.method, "setup"):
             self.method.setup(self.nets, probe)
+        _seed(self.plan.seed + self.accelerator.process_index)  # and then each draws its own noise
         self.initial = {name: _mark(module) for name, module in self.nets.modules.items() if name in self.nets.frozen}
         self.prints = {n: checkpoint.fingerprint(self.nets.modules[n]) for n in self.initial} if self.folder else {}
         state = self._find_checkpoint() if resume else None
@@ -221,6 +218,7 @@ class _Run:
         self.stage = stage
         pool = self._pool(stage)
         batches = self._stream(stage.pool)
+        shard.agree(self.nets, self.prepared)
         shard.prepare(self.nets, self.accelerator, self.prepared)
         t, plan = start, self.plan
         while t < stage.steps and self._late() < 1:
@@ -620,6 +618,13 @@ def _divided(part: Part, count: Tensor | int) -> Tensor:
 def _parts(loss: Parts) -> dict[str, Part]:
     named = loss if isinstance(loss, Mapping) else {"loss": loss}
     return {name: part if isinstance(part, Part) else mean(part) for name, part in named.items()}
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # not `seed` itself: the networks were probably built under it, and a fresh one would be the same again
+    torch.manual_seed(generator("training", seed).initial_seed())
 
 
 def _rng() -> dict[str, Any]:

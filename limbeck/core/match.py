@@ -57,7 +57,8 @@ class Match:
                 if schedule.is_schedule(self.knobs[name]):
                     setattr(module, name, value)
             values = module(*positional, **optional)
-        return mean(values, have.get("mask")) * schedule.value(self.weight, progress)
+        weight: float = schedule.value(self.weight, progress)
+        return weight * mean(values, have.get("mask"))
 
 
 def pick(loss: str, name: str, have: Mapping[str, Any]) -> Any:

@@ -59,6 +59,16 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             layer.training = mode
 
 
+def read_by(generator: nn.Module, numbers: int, what: str, device: torch.device) -> Tensor:
+    """What a generator makes of two codes of that many numbers; one clear sentence when it reads others."""
+    try:
+        with torch.no_grad(), evaluating(generator):
+            made: Tensor = generator(torch.randn(2, numbers, device=device))
+    except RuntimeError as error:
+        raise BadInput(f"the generator does not read {what} of {numbers} numbers: {error}") from error
+    return made
+
+
 def reinitialised(module: nn.Module) -> nn.Module:
     """A trainable copy with new random weights from the global generator, by each layer's own `reset_parameters`."""
     fresh = copy.deepcopy(module)

@@ -1,11 +1,13 @@
 """A training set shared out among tasks and clients, as pure functions of labels and row numbers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Dirichlet
 
 from limbeck.core.errors import BadInput
 
@@ -31,6 +33,40 @@ def by_client(index: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
     limits = shares.double().cpu().cumsum(1)[labels.cpu()]
     client = (torch.from_numpy(place)[:, None] >= limits).sum(1).clamp_max(shares.shape[1] - 1)
     return client.to(labels.device)
+
+
+class Clients(nn.Module):
+    """Who has which examples, and how many of each class everyone has trained on; all a server learns of the data.
+
+    clients: K. classes: C. alpha: where the data do not say whose they are, each class is shared out over the clients
+    by a draw from Dirichlet(alpha), by torch's global generator.
+    """
+
+    counts: Tensor
+    shares: Tensor
+
+    def __init__(self, clients: int, classes: int, alpha: float) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(clients, classes))
+        self.register_buffer("shares", Dirichlet(torch.full((clients,), alpha)).sample((classes,)))
+
+    @torch.no_grad()
+    def meet(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The client [B] of each example of a batch, whose labels are counted."""
+        labels = batch["labels"]
+        whose = batch["domain"] if "domain" in batch else by_client(batch["index"], labels, self.shares)
+        self.counts.index_put_((whose, labels), torch.ones_like(labels, dtype=self.counts.dtype), accumulate=True)
+        return whose
+
+    @property
+    def weights(self) -> Tensor:
+        """Each client's part of all examples: [K], sum 1."""
+        return self.counts.sum(1) / self.counts.sum()
+
+    @property
+    def knowledge(self) -> Tensor:
+        """Each client's part of a class: [K, C], sum 1 over the clients for every class that has come."""
+        return self.counts / self.counts.sum(0).clamp_min(1)
 
 
 def mixed(*parts: Any) -> NDArray[np.uint64]:

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any, Self
 
@@ -235,45 +235,69 @@ class Denoiser(nn.Module):
         ln(sigma / alpha) in the place of t.
     boundary: make x_{t_min} a fixed point, denoiser(x, t_min) = x / alpha, whatever the weights (consistency models).
     solver: how `generate` moves when it is not told.
+    native: the schedule that the network was made for, when x_t is now on another one: times are then matched by
+        sigma / alpha. Of no use for "edm", which reads nothing else.
     """
 
     def __init__(
-        self, net: nn.Module, schedule: Schedule, kind: str = "edm", *, boundary: bool = False, solver: str = "heun"
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        kind: str = "edm",
+        *,
+        boundary: bool = False,
+        solver: str = "heun",
+        native: Schedule | None = None,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise BadInput(f"a denoiser cannot predict {kind!r}{nearest(kind, KINDS)}")
+        if solver not in SOLVERS:
+            raise BadInput(f"no solver {solver!r}{nearest(solver, SOLVERS)}")
         self.net, self.schedule, self.kind = net, schedule, kind
-        self.boundary, self.solver = boundary, solver
+        self.boundary, self.solver, self.native = boundary, solver, native or schedule
 
     def forward(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None, *, features: bool = False) -> Tensor:
         """x [B, ...], t, labels [B] -> x0 [B, ...], or the network's inner features."""
         x = upcast(x)
         t = wide(t, x)
-        raw = self.raw(x, t, labels, features=features)
+        if self.kind == "edm":
+            raw = self.raw(x, t, labels, features=features)
+            return raw if features else self._edm(x, raw, t)
+        s = self.native
+        seen, now = (x, t) if s == self.schedule else self._matched(x, t)
+        raw = self.raw(seen, now, labels, features=features)
         if features:
             return raw
-        if self.kind == "edm":
-            return self._edm(x, raw, t)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        alpha, sigma = s.alpha(now), s.sigma(now)
         if self.kind == "x0":
             x0 = raw
         elif self.kind == "eps":
-            x0 = (x - sigma * raw) / alpha
+            x0 = (seen - sigma * raw) / alpha
         elif self.kind == "v":
-            x0 = (alpha * x - sigma * raw) / (alpha**2 + sigma**2)
+            x0 = (alpha * seen - sigma * raw) / (alpha**2 + sigma**2)
         elif self.kind == "score":
-            x0 = (x + sigma**2 * raw) / alpha
+            x0 = (seen + sigma**2 * raw) / alpha
         else:  # flow: alpha' x0 + sigma' eps = raw, solved for x0
-            d_alpha, d_sigma = self.schedule.rates(t)
-            x0 = (sigma * raw - d_sigma * x) / (sigma * d_alpha - alpha * d_sigma)
+            d_alpha, d_sigma = s.rates(now)
+            x0 = (sigma * raw - d_sigma * seen) / (sigma * d_alpha - alpha * d_sigma)
         if not self.boundary:
             return x0
-        least = self.schedule.least  # towards x0 up to the noise of t_min, and no farther
-        return (1 - least * alpha / sigma) * x0 + least / sigma * x
+        alpha, sigma, least = self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.least
+        return (1 - least * alpha / sigma) * x0 + least / sigma * x  # towards x0 up to the noise of t_min, no farther
+
+    def _matched(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and t on the schedule that the network was made for."""
+        ratio = self.schedule.ratio(t).clamp_max(1e5)  # infinite in pure noise
+        now = self.native.time(ratio)
+        by_noise, by_data = (
+            self.native.sigma(now) / self.schedule.sigma(t),
+            self.native.alpha(now) / self.schedule.alpha(t),
+        )
+        return torch.where(ratio > 1, by_noise, by_data) * x, now
 
     def raw(self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, features: bool = False) -> Tensor:
-        """What the network says; t [B, 1, ...]."""
+        """What the network says of x_t on its own schedule; t [B, 1, ...]."""
         now = t.flatten()
         if self.kind == "edm":
             s, d = self.schedule, self.schedule.sigma_data
@@ -308,55 +332,45 @@ class Denoiser(nn.Module):
     def velocity(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """dx/dt of the probability flow."""
         t = wide(t, x)
-        if self.kind == "flow" and not self.boundary:
+        if self.kind == "flow" and not self.boundary and self.native == self.schedule:
             return self.raw(upcast(x), t, labels)
         return velocity_of(self.schedule, x, self(x, t, labels), t)
 
     def on(self, schedule: Schedule) -> Denoiser:
-        """The same network, weights shared, read along another schedule: times are matched by sigma / alpha."""
-        if self.kind == "edm":
-            return Denoiser(self.net, schedule, "edm", boundary=self.boundary, solver=self.solver)
-        return Denoiser(_Moved(self, schedule), schedule, "x0", boundary=self.boundary, solver=self.solver)
+        """The same network, weights shared, for x_t on another schedule."""
+        native = None if self.kind == "edm" else self.native
+        return Denoiser(self.net, schedule, self.kind, boundary=self.boundary, solver=self.solver, native=native)
 
     def spec(self) -> dict[str, Any]:
         """All but the network, as plain values for a file; `from_spec` is the way back."""
-        name = {v: k for k, v in SCHEDULES.items()}[type(self.schedule)]
-        return {
-            "schedule": {name: asdict(self.schedule)},  # type: ignore[call-overload]
-            "kind": self.kind,
-            "boundary": self.boundary,
-            "solver": self.solver,
-        }
+        spec: dict[str, Any] = {"schedule": _spec_of(self.schedule), "kind": self.kind}
+        spec |= {"boundary": self.boundary, "solver": self.solver}
+        return spec | ({} if self.native == self.schedule else {"native": _spec_of(self.native)})
 
     @classmethod
     def from_spec(cls, net: nn.Module, spec: dict[str, Any]) -> Self:
         """A denoiser around `net` as `spec` describes it; a schedule is a name or {name: options}."""
         rest = dict(spec)
-        chosen = rest.pop("schedule", "edm")
-        name, options = (chosen, {}) if isinstance(chosen, str) else next(iter(chosen.items()))
-        if name not in SCHEDULES:
-            raise BadInput(f"no noise schedule {name!r}{nearest(name, SCHEDULES)}")
-        return cls(net, SCHEDULES[name](**options), **rest)
+        schedule, native = (_schedule_of(rest.pop(k, None)) for k in ("schedule", "native"))
+        return cls(net, schedule or EDM(), native=native, **rest)
 
 
-class _Moved(nn.Module):
-    """A denoiser as a network that predicts x0 along another schedule."""
+def _spec_of(schedule: Schedule) -> dict[str, Any]:
+    name = next(name for name, kind in SCHEDULES.items() if type(schedule) is kind)
+    return {name: asdict(schedule)}  # type: ignore[call-overload]
 
-    def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
-        super().__init__()
-        self.denoiser, self.schedule = denoiser, schedule
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, features: bool = False) -> Tensor:
-        t = wide(t, x)
-        inner = self.denoiser.schedule
-        ratio = self.schedule.ratio(t).clamp_max(1e5)  # infinite in pure noise
-        own = inner.time(ratio)
-        # alpha_own x / alpha, in the form of the two that does not divide by 0
-        scale = torch.where(
-            ratio > 1, inner.sigma(own) / self.schedule.sigma(t), inner.alpha(own) / self.schedule.alpha(t)
-        )
-        out: Tensor = self.denoiser(scale * x, own.flatten(), labels, features=features)
-        return out
+def _schedule_of(spec: Any) -> Schedule | None:
+    if spec is None:
+        return None
+    name, options = (spec, {}) if isinstance(spec, str) else next(iter(spec.items()))
+    if name not in SCHEDULES:
+        raise BadInput(f"no noise schedule {name!r}{nearest(name, SCHEDULES)}")
+    known = {f.name for f in fields(SCHEDULES[name])}  # type: ignore[arg-type]
+    for key in options or {}:
+        if key not in known:
+            raise BadInput(f"the noise schedule {name!r} has no option {key!r}{nearest(key, known)}")
+    return SCHEDULES[name](**(options or {}))
 
 
 def velocity_of(schedule: Schedule, x: Tensor, x0: Tensor, t: float | Tensor) -> Tensor:

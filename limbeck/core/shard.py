@@ -16,6 +16,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from limbeck.core.nets import Nets
 
 
+@torch.no_grad()
+def agree(nets: Nets, sharded: set[int]) -> None:
+    """Give every process the networks of the first one: a stage may have made new ones from its own random numbers."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for module in nets.modules.values():
+        if id(module) not in sharded:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.data, 0)
+
+
 def prepare(nets: Nets, accelerator: Accelerator, done: set[int]) -> None:
     """Shard the networks that are trained, once each, when Accelerate was launched with FSDP2."""
     if accelerator.distributed_type != DistributedType.FSDP:

@@ -14,8 +14,9 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         inner: nn.Module | None = getattr(module, "_orig_mod", None)
         if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = module.module
-        if inner is None:
+            wrapped: nn.Module = module.module
+            inner = wrapped
+        if not isinstance(inner, nn.Module):
             return module
         module = inner
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from limbeck.core.maths import pair
+
 InnerLoss = Callable[..., Tensor]
 
 
@@ -192,7 +194,8 @@ def krr(k_ss: Tensor, k_ts: Tensor, y_s: Tensor, ridge: float = 1e-6) -> Tensor:
 
     k_ss [S, S], k_ts [T, S], y_s [S, C]. ridge: >= 0, in units of the mean diagonal, so that it has no scale.
     """
-    prediction: Tensor = k_ts @ torch.cholesky_solve(y_s, _cholesky(k_ss, ridge))
+    with torch.autocast(k_ss.device.type, enabled=False):
+        prediction: Tensor = k_ts @ torch.cholesky_solve(y_s, _cholesky(k_ss, ridge))
     return prediction
 
 
@@ -223,10 +226,10 @@ def relu_kernels(
     """
     if depth < 0:
         raise ValueError(f"`depth` must be >= 0, got {depth!r}")
-    x = x.flatten(1)
-    y = x if y is None else y.flatten(1)
+    x, y = pair(x.flatten(1), x.flatten(1) if y is None else y.flatten(1))
     a, b = weight_std**2 / x.shape[1], bias_std**2
-    k = a * x @ y.mT + b
+    with torch.autocast(x.device.type, enabled=False):
+        k = a * x @ y.mT + b
     kx, ky = a * x.square().sum(1) + b, a * y.square().sum(1) + b
     theta = k
     for _ in range(depth):

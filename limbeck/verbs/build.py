@@ -14,7 +14,7 @@ from limbeck.adapters.files import load as load_data
 from limbeck.core import find, knobs
 from limbeck.core.batches import Splits, Table, split
 from limbeck.core.errors import BadInput
-from limbeck.core.nets import Nets, reinitialised
+from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs.setting import Event, Setting, batches_of, load_weights, make_plan, save_network
 from limbeck.zoo import nets as zoo
@@ -48,6 +48,7 @@ def setting(
             made.builders[role] = _many(spec, splits.train, folder)
         elif spec is not None:
             made.builders[role] = _from_spec(spec, splits.train, folder)
+            made.blank[role] = _from_spec(spec.model_copy(update={"weights": None}), splits.train, folder)
             made.taps[role] = spec.taps
     if recipe.do == "condense":
         judge = given.get("judge")
@@ -153,6 +154,7 @@ def _many(specs: list[Net], table: Table, folder: Path) -> Callable[[], nn.Modul
 
 def _teacher(made: Setting, recipe: Recipe) -> nn.Module:
     """The teacher, frozen; trained first (once, and kept beside the runs) when the recipe says how."""
+    torch.manual_seed(0)  # of a teacher that is trained first
     module = made.build("teacher")
     spec = recipe.teacher
     if spec is not None and spec.weights is None and spec.train is not None:
@@ -175,8 +177,6 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
         splits = load_splits(data["name"], {k: v for k, v in data.items() if k not in ("name", "augment")})
     if made.on_event is not None:
         made.on_event({"arm": "teacher", "seed": 0, "label": f"training the teacher {spec.net}"})
-    torch.manual_seed(0)
-    module.load_state_dict(reinitialised(module).state_dict())
     changed = recipe.with_changes({"data": data}) if data else recipe
     batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"

@@ -63,7 +63,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
         save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, folder / "set.safetensors")
     scores = _judge(setting, inputs, labels, seed)
     size = inputs.numel() * inputs.element_size() + labels.numel() * (labels.element_size() if labels.ndim > 1 else 1)
-    outcome = Outcome(label(recipe, arm), scores, bytes=size, seconds=seconds)
+    outcome = Outcome(label(recipe, arm), scores, bytes=size, seconds=seconds, sizes={"images": len(inputs)})
     return outcome, replace(train, columns={"inputs": inputs, "labels": labels}, rows=None)
 
 
@@ -137,7 +137,7 @@ def pictures(setting: Setting, folder: Path) -> list[dict[str, str]]:
         return []
     shown = {}
     per = min(setting.recipe.ipc, 10)
-    for title, arm in (("condensed", ""), ("random", "control")):
+    for title, arm in (("random", "control"), ("condensed", "")):
         path = folder / f"seed-{setting.recipe.seeds[0]}" / arm / "set.safetensors"
         if path.exists():
             images = load_file(path)["inputs"]
@@ -145,6 +145,6 @@ def pictures(setting: Setting, folder: Path) -> list[dict[str, str]]:
             shown[title] = images[rows]
     if not shown:
         return []
-    grid(shown, folder / "pictures" / "sets.png", columns=per)
+    grid(shown, folder / "pictures" / "sets.png", columns=per, labels=setting.splits.train.classes or ())
     caption = f"{per} of {setting.recipe.ipc} examples a class, a class a row"
     return [{"title": "The sets", "file": "pictures/sets.png", "caption": caption}]

@@ -3,11 +3,13 @@
 import json
 import time
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
+from limbeck.core.store import StoreInfo
+from limbeck.recipe import dump
 from limbeck.report.statistics import Gain
+from limbeck.verbs.result import Result
 from limbeck.verbs.setting import (
     Setting,
     batches_of,
@@ -23,11 +25,8 @@ from limbeck.verbs.setting import (
 )
 
 
-def run(setting: Setting) -> Any:
+def run(setting: Setting) -> Result:
     """Carry out one of the verbs without control."""
-    from limbeck.recipe import dump
-    from limbeck.run import Result
-
     recipe, folder = setting.recipe, setting.folder
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +66,7 @@ def run(setting: Setting) -> Any:
     return Result(module, metrics, {}, nothing, f"{text} on {len(setting.splits.test)} test examples", folder)
 
 
-def _label(setting: Setting) -> Any:
+def _label(setting: Setting) -> StoreInfo:
     info = captured(setting)
     setting.folder.mkdir(parents=True, exist_ok=True)
     (setting.folder / "store.json").write_text(json.dumps(asdict(info), indent=1))

@@ -35,7 +35,10 @@ Event = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Outcome:
-    """What one arm gave under one seed. latency_ms: median of one forward pass on one example."""
+    """What one arm gave under one seed.
+
+    latency_ms: median of one forward pass on one example. sizes: further figures, such as the number of images.
+    """
 
     label: str
     metrics: dict[str, float]
@@ -43,7 +46,7 @@ class Outcome:
     bytes: int = 0
     latency_ms: float = 0.0
     seconds: float = 0.0
-    pictures: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write outcome.json, whole or not at all."""
@@ -75,14 +78,16 @@ def outcome_of(label: str, metrics: dict[str, float], figures: Mapping[str, floa
 class Setting:
     """A recipe bound to data and networks.
 
-    builders: role -> how to make that network with fresh random weights (or the given ones). teacher: shared by all
-    arms, frozen. folder: of the run. resume: whether unfinished arms go on from their checkpoints.
+    builders: role -> how to make that network with the weights that its spec names, or fresh ones. blank: the same
+    without the weights. teacher: shared by all arms, frozen. folder: of the run. resume: whether unfinished arms go on
+    from their checkpoints.
     """
 
     recipe: Recipe
     splits: Splits
     builders: dict[str, Callable[[], nn.Module]]
     folder: Path
+    blank: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     teacher: nn.Module | None = None
     taps: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     on_event: Event | None = None

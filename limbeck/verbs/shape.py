@@ -56,8 +56,8 @@ def label(recipe: Recipe, arm: str) -> str:
     }[arm]
 
 
-def shaped(setting: Setting) -> nn.Module:
-    """The teacher made smaller, before any training."""
+def shaped(setting: Setting, *, blank: bool = False) -> nn.Module:
+    """The teacher made smaller, before any training; blank: the same architecture with fresh random weights."""
     name, given = knobs.split(setting.recipe.method or "layer_choice")
     method = find.get(name)
     if find.family(name) != "shape":
@@ -65,11 +65,15 @@ def shaped(setting: Setting) -> nn.Module:
     if setting.teacher is None:
         raise BadInput("shaping starts from a teacher, and the recipe names none")
     given = knobs.check(name, method, given)
-    module: nn.Module
+    source, module = setting.teacher, nn.Module()
+    if blank and "teacher" in setting.blank:
+        source = setting.blank["teacher"]()
     if "batches" in (*find.needs(method), *find.wants(method)):
-        module = method(setting.teacher, list(epoch(setting.splits.train.select(range(256)), 64)), **given)
+        module = method(source, list(epoch(setting.splits.train.select(range(256)), 64)), **given)
     else:
-        module = method(setting.teacher, **given)
+        module = method(source, **given)
+    if blank and "teacher" not in setting.blank:
+        module = reinitialised(module)
     return module.requires_grad_(True)
 
 
@@ -83,9 +87,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
             raise BadInput("shaping starts from a teacher, and the recipe names none")
         module = setting.teacher
     else:
-        module = shaped(setting)
-    if arm == "control":
-        module = reinitialised(module)
+        module = shaped(setting, blank=arm == "control")
     if arm in ("student", "control"):
         method = knobs.make("distill", {"match": tuple(recipe.match)})
         nets = Nets(student=module, teacher=setting.teacher)  # type: ignore[arg-type]

@@ -75,7 +75,9 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     metrics = compare(setting, samples, test["inputs"])
     noise = torch.randn(1, *test["inputs"].shape[1:])
     figures = cost(Sampling(module, steps), {"inputs": noise})
-    return outcome_of(label(recipe, arm), metrics, figures, seconds), module
+    outcome = outcome_of(label(recipe, arm), metrics, figures, seconds)
+    outcome.sizes["steps"] = steps
+    return outcome, module
 
 
 class Sampling(nn.Module):

@@ -37,7 +37,9 @@ FAST = Budget(epochs=40, optimizer={"sgd": {"lr": 0.1, "momentum": 0.9}})
 
 
 def test_accuracy_counts_right_ones_over_short_batches():
-    table = Table({"inputs": torch.tensor([[0.0], [1.0], [2.0], [2.0], [0.0]]), "labels": torch.tensor([0, 1, 2, 0, 1])})
+    table = Table(
+        {"inputs": torch.tensor([[0.0], [1.0], [2.0], [2.0], [0.0]]), "labels": torch.tensor([0, 1, 2, 0, 1])}
+    )
     net = Known().train()
     assert accuracy(net, table, batch_size=2) == approx(3 / 5)
     assert net.training and net.asked == [False] * 3
@@ -105,14 +107,10 @@ def test_regression_targets_need_soft_labels():
 
 
 def test_the_rate_falls_as_the_budget_says():
-    class Spy(nn.Linear):
-        def forward(self, x):
-            rates.append(self.optimizer.param_groups[0]["lr"]) if hasattr(self, "optimizer") else None
-            return super().forward(x)
-
-    rates, small = [], blobs(12)
-    budget = Budget(epochs=4, batch_size=6, optimizer={"sgd": {"lr": 1.0}}, schedule={"step": {"at": [0.5], "factor": 0.1}})
-    moves = []
+    small, moves = blobs(12), []
+    budget = Budget(
+        epochs=4, batch_size=6, optimizer={"sgd": {"lr": 1.0}}, schedule={"step": {"at": [0.5], "factor": 0.1}}
+    )
     net = nn.Linear(2, 3)
     net.register_forward_pre_hook(lambda m, _: moves.append(m.weight.detach().clone()))
     one = small["inputs"][:1].expand(12, 2).clone()
@@ -135,9 +133,6 @@ def test_weights_are_chosen_on_validation_data():
 
     x = torch.tensor([[1.0], [-1.0]])
     table = Table({"inputs": x, "labels": torch.tensor([1, 0])})
-
-    class Drift(torch.optim.Optimizer):
-        pass
 
     budget = Budget(epochs=6, optimizer={"sgd": {"lr": 1.0}}, schedule="constant")
     net = Getting()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -428,7 +429,7 @@ def test_reflow_puts_any_student_on_straight_lines() -> None:
     made = generate(student, noise, 50)  # before training: the teacher's distribution, along other paths
     torch.testing.assert_close(made.mean(0), MEAN, atol=0.1, rtol=0)
     torch.testing.assert_close(made.std(0), STD, atol=0.1, rtol=0)
-    assert student.net.denoiser.net.mean.requires_grad
+    assert student.net.mean.requires_grad and student.spec()["native"] == {"edm": asdict(EDM())}
     list(play(method, nets, batch))
     for bad in ({"rounds": -1}, {"simulate": 0}, {"solver": "rk45"}, {"rounds": 0}):
         with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):

@@ -29,7 +29,9 @@ def test_real_start_is_the_random_subset_of_the_same_seed():
 def test_the_seed_alone_decides_and_the_global_state_is_left_alone():
     y = table()[1]
     before = torch.get_rng_state()
-    assert torch.equal(pick(y, 4, seed=1), pick(y, 4, seed=1)) and not torch.equal(pick(y, 4, seed=1), pick(y, 4, seed=2))
+    assert torch.equal(pick(y, 4, seed=1), pick(y, 4, seed=1)) and not torch.equal(
+        pick(y, 4, seed=1), pick(y, 4, seed=2)
+    )
     assert torch.equal(SynSet.noise((2,), 3, 2, seed=1).codes, SynSet.noise((2,), 3, 2, seed=1).codes)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -90,7 +92,11 @@ def test_soft_labels():
     synset = SynSet.noise((2,), 4, 3)
     synset.soften(4, learn=True, centred=True)
     labels = synset()[1]
-    assert labels.shape == (12, 4) and labels.sum(1).abs().max() < 1e-6 and torch.equal(hard(labels), torch.arange(4).repeat_interleave(3))
+    assert (
+        labels.shape == (12, 4)
+        and labels.sum(1).abs().max() < 1e-6
+        and torch.equal(hard(labels), torch.arange(4).repeat_interleave(3))
+    )
     assert sorted(n for n, _ in synset.named_parameters()) == ["codes", "labels"]
     kept = labels.detach().clone()
     synset.soften(4, learn=False)

@@ -253,6 +253,15 @@ def test_krr_with_a_linear_kernel_is_ridge_regression() -> None:
     torch.testing.assert_close(krr(xs @ xs.T, xt @ xs.T, y, 0.05), xt @ w)
 
 
+def test_kernels_stay_in_full_precision_under_autocast() -> None:
+    x, y = randn(12, 5, seed=1).float(), randn(12, 2, seed=2).float()
+    k = relu_kernels(x)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(relu_kernels(x)[1], k)
+        again = krr(k, k, y, 1e-3)
+    assert torch.equal(again, krr(k, k, y, 1e-3)) and relu_kernels(x.bfloat16())[1].dtype is torch.float32
+
+
 def test_krr_gradient() -> None:
     xs, xt, y = randn(4, 3, seed=1).requires_grad_(), randn(5, 3, seed=2), randn(4, 2, seed=3).requires_grad_()
 

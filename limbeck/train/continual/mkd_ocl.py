@@ -41,8 +41,8 @@ class MKDOCL:
     augment: how x' is made when x are pictures, as in a recipe; () leaves x' = x.
 
     *Needs*: nets.student with a column for every class there will be; batches with labels. No teacher.
-    *Relates to*: `lwf` when tasks have borders and nothing may be kept. *Differs*: see the card. The paper trains in one
-    pass; its code uses Adam at 1e-4 on CIFAR-10.
+    *Relates to*: `lwf` when tasks have borders and nothing may be kept.
+    *Differs*: see the card. The paper trains in one pass; its code uses Adam at 1e-4 on CIFAR-10.
     """
 
     tasks: int = 2

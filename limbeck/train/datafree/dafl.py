@@ -11,7 +11,7 @@ from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import log_probs
-from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.nets import Batch, Nets, evaluating, read_by
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -60,14 +60,9 @@ class DAFL:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that the generator reads codes of `latent` numbers and that the teacher reads its pictures."""
-        with torch.no_grad(), evaluating(nets.generator, nets.teacher):
-            try:
-                out = nets.run("teacher", {"inputs": nets.generator(torch.randn(2, self.latent, device=nets.device))})
-            except RuntimeError as error:
-                raise BadInput(
-                    f"the generator does not read codes of {self.latent} numbers (`latent`), or the teacher does not "
-                    f"read its pictures: {error}"
-                ) from error
+        pictures = read_by(nets.generator, self.latent, "codes (`latent`)", nets.device)
+        with evaluating(nets.teacher):
+            out = nets.run("teacher", {"inputs": pictures})
         if self.activation and "emb" not in out:
             raise BadInput(
                 "the teacher returns no 'emb', which `activation` weighs; tap it (taps: {emb: path}) or set it to 0"

@@ -11,6 +11,7 @@ from limbeck.core.augment import OPS, Siamese
 from limbeck.core.card import method
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
+from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets, outputs
 from limbeck.core.synset import by_class, siamese
 
@@ -61,4 +62,4 @@ def class_means(net: torch.nn.Module, groups: tuple[Tensor, ...]) -> Tensor:
     out = outputs(net, {"inputs": torch.cat(groups)})
     if "emb" not in out:
         raise BadInput(f"`dm` compares embeddings, but the network returns {', '.join(sorted(out))}; return 'emb' too")
-    return torch.stack([g.mean(0) for g in out["emb"].flatten(1).float().split([len(g) for g in groups])])
+    return torch.stack([g.mean(0) for g in upcast(out["emb"]).flatten(1).split([len(g) for g in groups])])

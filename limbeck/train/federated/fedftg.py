@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributions import Dirichlet
 from torch.nn.functional import one_hot
 
 from limbeck.core.card import method, require
@@ -16,31 +15,11 @@ from limbeck.core.ensemble import mean_logits
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import pairwise_distances, reverse_kl
-from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.partition import by_client
+from limbeck.core.nets import Batch, Nets, evaluating, read_by
+from limbeck.core.partition import Clients
 from limbeck.core.reduce import mean
 from limbeck.core.state import average
 from limbeck.losses.logits.ce import ce
-
-
-class Counts(nn.Module):
-    """How many examples of each class each client has trained on: `of` [K, C]. All that clients tell of their data.
-
-    shares: [C, K], which part of a class each client has, where the data do not say whose they are.
-    """
-
-    of: Tensor
-    shares: Tensor
-
-    def __init__(self, clients: int, classes: int, alpha: float) -> None:
-        super().__init__()
-        self.register_buffer("of", torch.zeros(clients, classes))
-        self.register_buffer("shares", Dirichlet(torch.full((clients,), alpha)).sample((classes,)))
-
-    @torch.no_grad()
-    def add(self, domain: Tensor, labels: Tensor) -> None:
-        """Count one batch."""
-        self.of.index_put_((domain, labels), torch.ones_like(labels, dtype=self.of.dtype), accumulate=True)
 
 
 @method(
@@ -67,8 +46,9 @@ class FedFTG:
     label: weight >= 0 of the pictures' class. diversity: weight >= 0 of their difference.
     latent: numbers of noise, >= 1; the generator reads [B, latent + C], the noise and the class as one-hot.
 
-    *Needs*: nets.student (the server), nets.generator unless server is 0, batches with labels and `domain`, the client
-    of each example, or `index`, by which they are shared out. *Relates to*: with server 0 it is its own control; use `distill` where the data may be pooled.
+    *Needs*: nets.student (the server), nets.generator unless server is 0, batches with labels and with `domain`, the
+    client of each example, or `index`, by which they are shared out. *Relates to*: with server 0 it is federated
+    averaging, its control; use `distill` where the data may be pooled.
     *Differs*: see the card. Rates of server and generator are not in the paper.
     """
 
@@ -103,12 +83,13 @@ class FedFTG:
             raise BadInput(f"`domain` must be in [0, {count}), the clients, got {int(probe['domain'].max())}")
         with torch.no_grad(), evaluating(nets.student):
             classes = nets.run("student", probe)["logits"].shape[-1]
-        nets.counts = Counts(len(nets.clients), classes, self.alpha)
+        nets.federation = Clients(len(nets.clients), classes, self.alpha)
+        if self.server:
+            read_by(nets.generator, self.latent + classes, "noise and class (`latent` + C)", nets.device)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn of each client that has data in the batch; at the end of a round those of generator and server."""
-        whose = batch["domain"] if "domain" in batch else by_client(batch["index"], batch["labels"], nets.counts.shares)
-        nets.counts.add(whose, batch["labels"])
+        whose = nets.federation.meet(batch)
         if clock.t % self.local == 0:
             for client in nets.clients:
                 client.load_state_dict(nets.student.state_dict())
@@ -117,7 +98,7 @@ class FedFTG:
             yield f"clients.{k}", mean(ce(nets.run(f"clients.{k}", own)["logits"], own["labels"]))
         if (clock.t + 1) % self.local and clock.t + 1 < clock.steps:
             return
-        average(nets.student, nets.clients, nets.counts.of.sum(1) / nets.counts.of.sum())
+        average(nets.student, nets.clients, nets.federation.weights)
         with evaluating(nets.student, nets.clients):
             for _ in range(self.server):
                 yield "generator", self.hardness(nets, *self.imagine(nets, len(batch["labels"])))
@@ -128,14 +109,14 @@ class FedFTG:
 
     def imagine(self, nets: Nets, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Noise z [B, latent], pictures x [B, ...] and their classes y [B]."""
-        totals = nets.counts.of.sum(0)
+        totals = nets.federation.counts.sum(0)
         y = torch.multinomial(totals, count, replacement=True)
         z = torch.randn(count, self.latent, device=totals.device)
         return z, nets.generator(torch.cat([z, one_hot(y, len(totals)).to(z)], 1)), y
 
     def discrepancy(self, nets: Nets, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """L_md [] and the log of the clients' joint prediction [B, C]."""
-        share = (nets.counts.of / nets.counts.of.sum(0).clamp_min(1))[:, y]
+        share = nets.federation.knowledge[:, y]
         server = nets.run("student", {"inputs": x})["logits"]
         with torch.set_grad_enabled(x.requires_grad):  # to the pictures it flows through the clients, too
             clients = torch.stack([nets.run(f"clients.{k}", {"inputs": x})["logits"] for k in range(len(share))])

@@ -32,8 +32,8 @@ class GKD:
     beta: b in [0, 1].
     temperature: of both distributions in D, > 0.
     sampling: temperature of the student's own texts, > 0; the paper's is 1.
-    prompt: tokens at the start of each text that are given, >= 1; where the batch has a mask, the tokens before its
-        first True are the prompt instead, and this is not used.
+    prompt: tokens at the start of each text that are given, >= 1; more where the batch's mask begins later: what comes
+        before its first True is all prompt.
     end: id of the token that ends a text, -1 for none; what a student writes after it does not count.
 
     *Needs*: nets.teacher and nets.student over one vocabulary, batches shifted by the collator (labels are the next
@@ -67,11 +67,10 @@ class GKD:
     def starts(self, batch: Batch) -> Tensor:
         """How many tokens of each text are its prompt: [B]; one more than there are inputs when none is free."""
         inputs: Tensor = batch["inputs"]
-        rows, length = inputs.shape
-        if "mask" not in batch:
-            return torch.full((rows,), min(self.prompt, length + 1), device=inputs.device)
-        free: Tensor = batch["mask"].bool()
-        return torch.where(free.any(1), free.int().argmax(1) + 1, length + 1)
+        length = inputs.shape[1]
+        free: Tensor = batch["mask"].bool() if "mask" in batch else torch.ones_like(inputs, dtype=torch.bool)
+        first = torch.where(free.any(1), free.int().argmax(1) + 1, length + 1)
+        return first.clamp(min(self.prompt, length + 1))
 
     def rollout(self, nets: Nets, batch: Batch) -> Batch:
         """The batch with its completions written anew by the student, from the same prompts and to the same length."""
@@ -93,9 +92,9 @@ class GKD:
         """One turn of the student, on its own texts or on the given ones."""
         if float(torch.rand(())) < self.on_policy:
             batch = self.rollout(nets, batch)
-        mask = batch.get("mask")
-        if mask is None:
-            place = torch.arange(1, batch["inputs"].shape[1] + 1, device=batch["inputs"].device)
-            mask = (place >= self.prompt).expand(batch["inputs"].shape)
+        place = torch.arange(1, batch["inputs"].shape[1] + 1, device=batch["inputs"].device)
+        mask = place >= self.starts(batch)[:, None]
+        if "mask" in batch:
+            mask = mask & batch["mask"].bool()
         student, teacher = nets.run("student", batch)["logits"], nets.run("teacher", batch)["logits"]
         yield "student", mean(self.divergence(student, teacher), mask)

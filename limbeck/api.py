@@ -3,6 +3,7 @@
 Each returns a `Result`: the artefact, its metrics, the control's metrics, the gain and the run folder. A network is
 given as a module (every seed starts from its weights), as a function that makes one (every seed starts fresh), or as
 a recipe's spec such as "resnet8". Data is a name or path, `Splits`, a `Table`, (inputs, labels) tensors or a dataset.
+A run that was interrupted goes on with the same call and `folder=..., resume=True`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ def teach(
     seeds: int | Iterable[int] = 1,
     name: str = "teach",
     folder: str | Path | None = None,
+    resume: bool = False,
     on_event: Event | None = None,
 ) -> Result:
     """Train a student by a teacher, and the same student without it, and say whether the teacher helped.
@@ -49,6 +51,7 @@ def teach(
         networks={"teacher": teacher, "student": student},
         data=data,
         folder=folder,
+        resume=resume,
         on_event=on_event,
         seeds=seeds,
         settings={**settings, "train": _train(train, epochs, steps, 10)},
@@ -67,6 +70,7 @@ def condense(
     seeds: int | Iterable[int] = 1,
     name: str = "condense",
     folder: str | Path | None = None,
+    resume: bool = False,
     on_event: Event | None = None,
 ) -> Result:
     """Make a small training set of `ipc` examples a class, and judge it against as many random ones.
@@ -83,6 +87,7 @@ def condense(
         networks={"judge": net},
         data=data,
         folder=folder,
+        resume=resume,
         on_event=on_event,
         seeds=seeds,
         settings={
@@ -108,6 +113,7 @@ def shorten(
     seeds: int | Iterable[int] = 1,
     name: str = "shorten",
     folder: str | Path | None = None,
+    resume: bool = False,
     on_event: Event | None = None,
 ) -> Result:
     """Distil a many-step sampler into one of `steps` steps, and compare with the teacher at that many steps.
@@ -121,6 +127,7 @@ def shorten(
         networks={"teacher": denoiser, "features": features},
         data=data,
         folder=folder,
+        resume=resume,
         on_event=on_event,
         seeds=seeds,
         settings={
@@ -146,6 +153,7 @@ def shape(
     seeds: int | Iterable[int] = 1,
     name: str = "shape",
     folder: str | Path | None = None,
+    resume: bool = False,
     on_event: Event | None = None,
 ) -> Result:
     """Make a smaller network out of a trained one and recover it by distillation.
@@ -159,6 +167,7 @@ def shape(
         networks={"teacher": model},
         data=data,
         folder=folder,
+        resume=resume,
         on_event=on_event,
         seeds=seeds,
         settings={**settings, "train": _train(train, epochs, steps, 5)},

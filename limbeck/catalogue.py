@@ -105,8 +105,7 @@ def level(key: str) -> str:
     checks = found["conformance"]
     if not checks or any(c["failed"] or c["vector"] != vector_digest(name) for name, c in checks.items()):
         return "runs"
-    gain = Gain(**found["gain"])
-    if gain.n < 5 or state(gain) != "helped":
+    if found["gain"]["n"] < 5 or state(Gain(**found["gain"])) != "helped":
         return "exact"
     published = found.get("published")
     return "paper" if published and published["reproduced"] else "gains"
@@ -147,6 +146,8 @@ def gain_text(key: str) -> str:
 
     gain, metric = found["gain"], found["metric"]
     text = numerals.gained(metric, gain["mean"], found["higher_is_better"])
+    if gain["low"] is None:
+        return f"{text}, one seed"
     spread = numerals.between(metric, gain["low"], gain["high"], found["higher_is_better"])
     return f"{text} [{spread}], {gain['n']} seeds"
 

@@ -1,6 +1,9 @@
 """The command line. Importing this imports no torch; each command imports what it needs."""
 
+import errno
 import json
+import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +54,6 @@ def run(
 ) -> None:
     """Carry out a recipe: every seed, the student and its control; writes a run folder with report.html."""
     from limbeck import recipe as recipes
-    from limbeck.progress import live
 
     if resume is not None:
         if recipe is not None:
@@ -65,29 +67,47 @@ def run(
     else:
         chosen = recipes.load(recipe, overrides or [])
     if check:
-        from limbeck.verbs.build import check_names
+        from limbeck.verbs.check import check_names
 
-        for stage in chosen.stages or [chosen]:
-            check_names(stage)
-        say(recipes.dump(chosen))
+        check_names(chosen)
+        say(recipes.dump(chosen).rstrip())
         return
+    from limbeck.progress import live
     from limbeck.run import new_folder
     from limbeck.run import run as carry_out
 
-    if out is not None and resume is None and (out / "recipe.yaml").exists():
-        raise BadInput(f"{out} holds a run already; go on with --resume {out}, or choose another folder")
+    if out is not None and resume is None:
+        _free(out)
     folder = out or new_folder(Path("runs"), chosen.name)
-    with live() as progress:
-        try:
-            result = carry_out(chosen, folder=folder, resume=resume is not None, on_event=progress)
-        except Interrupted as stop:
-            raise Interrupted(f"{folder}; go on with: limbeck run --resume {folder}") from stop
+    with _stoppable(folder), live() as progress:
+        result = carry_out(chosen, folder=folder, resume=resume is not None, on_event=progress)
     from limbeck.report.tables import terminal
 
     if (result.folder / "result.json").exists() and result.arms:
         _show_table(terminal([result.folder]))
     say(result.verdict)
-    say(str(result.folder))
+    page = result.folder / "report.html"
+    say(f"report: {page}" if page.exists() else f"folder: {result.folder}")
+
+
+def _free(folder: Path) -> None:
+    """Refuse a place for a run that is taken."""
+    if (folder / "recipe.yaml").exists():
+        raise BadInput(f"{folder} holds a run already; go on with --resume {folder}, or choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; --out names a folder")
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM, wherever they strike, end with the command that goes on."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if not (folder / "recipe.yaml").exists():  # while the teacher was trained or the data were read
+            raise Interrupted(f"{folder.parent}; run the same command again to go on") from stop
+        again = f"limbeck run --resume {shlex.quote(str(folder))}"
+        raise Interrupted(f"{folder}; go on with: {again}") from stop
 
 
 def _show_table(table: Any) -> None:
@@ -217,13 +237,14 @@ def verify(
     for name in names:
         recipe_of(name)  # all names are checked before the first long run
     gathered = []
-    for name in names:
+    for i, name in enumerate(names):
         with live(quiet=as_json) as progress:
             try:
                 found = one(name, seeds=seeds, on_event=progress)
-            except Interrupted as stop:
-                again = " ".join(names[names.index(name) :])
-                raise Interrupted(f"{stop.folder}; go on with: limbeck verify {again}") from stop
+            except (Interrupted, KeyboardInterrupt) as stop:
+                options = [f"--seeds={seeds}"] * (seeds is not None) + ["--json"] * as_json
+                again = shlex.join(["limbeck", "verify", *names[i:], *options])
+                raise Interrupted(f"runs/verify; go on with: {again}") from stop
         gathered.append(found)
         if not as_json:
             from limbeck.catalogue import level
@@ -245,13 +266,18 @@ def label(
     from limbeck.run import new_folder
     from limbeck.run import run as carry_out
 
-    chosen = recipes.load(recipe, overrides or []).with_changes({"do": "label"})
+    chosen = recipes.load(recipe, overrides or [])
+    if chosen.stages:
+        raise BadInput(f"{recipe}: label takes a recipe of one stage; write `do: label` into a stage and use run")
+    chosen = chosen.with_changes({"do": "label", "method": None, "control": None, "expect": None})
+    if out is not None and not (out / "store.json").exists():
+        _free(out)
     folder = out or new_folder(Path("runs"), chosen.name)
-    with live() as progress:
-        try:
+    try:
+        with live() as progress:
             result = carry_out(chosen, folder=folder, on_event=progress)
-        except Interrupted as stop:
-            raise Interrupted(f"{folder}; run the same command again to go on") from stop
+    except (Interrupted, KeyboardInterrupt) as stop:
+        raise Interrupted(f"{folder.parent / '.stores'}; run the same command again to go on") from stop
     say(result.verdict)
 
 
@@ -300,33 +326,49 @@ def schema() -> None:
     """The JSON schema of a recipe, for editors."""
     from limbeck.recipe import Recipe as Model
 
-    say(json.dumps(Model.model_json_schema(), indent=1))
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    say(json.dumps(head | Model.model_json_schema(), indent=1))
 
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except Interrupted as error:
-        typer.echo(f"limbeck: {error}", err=True)
-        sys.exit(error.code)
     except LimbeckError as error:
-        typer.echo(f"limbeck: {error}", err=True)
-        sys.exit(error.code)
+        _end(str(error), error.code)
     except KeyboardInterrupt:
-        typer.echo("limbeck: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
+        _end("interrupted", 130)
+    except BrokenPipeError:  # the reader of `limbeck list | head` has seen enough
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        _end(f"{error.filename}: {reason}" if error.filename else reason, 1)
     except ValueError as error:
         if type(error) is not ValueError:
             raise
-        typer.echo(f"limbeck: {error}", err=True)  # a method's own `require`
-        sys.exit(2)
+        _end(str(error), 2)  # a method's own `require`
+
+
+def _end(sentence: str, code: int) -> None:
+    typer.echo("limbeck: " + " ".join(sentence.split()), err=True)
+    sys.exit(code)
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    """SIGTERM outside the loop, which serves it between steps, ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted with the state saved."""
-    with _exit_codes():
-        app()
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with _exit_codes():
+            app()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":  # accelerate launch -m limbeck.cli run ...
+    main()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Event = Callable[[dict[str, Any]], None]
+ENDLESS = 10**9  # steps of a run that only a time limit ends
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def live(*, quiet: bool = False) -> Iterator[Event]:
                 name, value = next(iter(event["validation"].items()))
                 progress.update(task, note=f"{name} {value:.3f}")
             elif "steps" in event:
-                progress.update(task, total=event["steps"], completed=event["t"] + 1)
+                known = event["steps"] if event["steps"] < ENDLESS else None
+                progress.update(task, total=known, completed=event["t"] + 1)
 
         yield show
 
@@ -49,7 +51,8 @@ def _plain(console: Console) -> Event:
             console.print(event["note"], markup=False, highlight=False)
         elif "steps" in event and time.monotonic() - last[0] > 10:
             last[0] = time.monotonic()
-            line = f"  step {event['t'] + 1} of {event['steps']}, loss {event['loss']:.4f}"
+            of = f" of {event['steps']}" if event["steps"] < ENDLESS else ""
+            line = f"  step {event['t'] + 1}{of}, loss {event['loss']:.4f}"
             console.print(line, markup=False, highlight=False)
 
     return show

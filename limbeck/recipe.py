@@ -2,17 +2,72 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from limbeck.core.errors import BadInput, nearest
 
 Verb = Literal["teach", "shorten", "condense", "shape", "label", "train", "evaluate"]
 Spec = str | dict[str, Any]
+Keys = tuple[Any, ...]  # of keys and list places from the top of a recipe, such as ("stages", 0, "train", "epochs")
+
+
+def _or_name(schema: dict[str, Any]) -> None:
+    """For editors: a name alone stands for the whole block."""
+    whole = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "string"}, whole]
+
+
+def _unnamed(schema: dict[str, Any]) -> None:
+    """For editors: a recipe without a name is called as its file."""
+    schema["required"] = [key for key in schema.get("required", ()) if key != "name"]
+
+
+def _distinct(seeds: list[int]) -> list[int]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError("give at least one seed, and none twice")
+    return seeds
+
+
+Seeds = Annotated[
+    list[int],
+    AfterValidator(_distinct),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "array", "items": {"type": "integer"}, "minItems": 1}]}
+    ),
+]
+
+
+class Written(NamedTuple):
+    """Where a recipe was written. source: a file, or the Python call. places: path -> 'file:line', or its override."""
+
+    source: str = ""
+    places: Mapping[Keys, str] = {}
+
+    def of(self, path: Keys) -> str:
+        """The place of a key, or of the nearest one above it that was written down."""
+        return next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), self.source)
+
+    def below(self, *path: Any) -> "Written":
+        """The same for a part of the recipe."""
+        n = len(path)
+        return Written(self.of(path), {key[n:]: place for key, place in self.places.items() if key[:n] == path})
 
 
 class _Strict(BaseModel):
@@ -25,10 +80,10 @@ class Net(BaseModel):
     Further keys are options of the network's builder.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=_or_name)
 
     net: str = Field(description="zoo name, timm:NAME, hf:NAME_OR_PATH or file.py:Class")
-    weights: str | None = Field(None, description="safetensors file, run folder, or zoo/NAME")
+    weights: str | None = Field(None, description="safetensors file, run folder, zoo/NAME, or random")
     taps: dict[str, str | list[str]] = Field(default_factory=dict, description="name -> layer paths to read")
     train: "Train | None" = Field(None, description="train it first, when it has no weights, on the recipe's data")
     data: dict[str, Any] = Field(default_factory=dict, description="changes to `data` for that training")
@@ -50,7 +105,7 @@ class Data(BaseModel):
     Further keys are options of the loader.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=_or_name)
 
     name: str = Field(description="embedded set, folder in LIMBECK_DATA, path, or hub:NAME")
     augment: list[Any] = Field(default_factory=list, description="of training batches: crop, flip, ...")
@@ -67,7 +122,7 @@ class Data(BaseModel):
 
 
 class Train(_Strict):
-    """How long and how to train. Give one of epochs and steps; minutes is a limit on top."""
+    """How long and how to train. Give epochs or steps (steps count when both are there); minutes is a limit on top."""
 
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0)
@@ -121,10 +176,12 @@ class Expect(_Strict):
 class Recipe(_Strict):
     """One stage, or a list of stages that share artefacts."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_unnamed)
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     do: Verb = "teach"
     row: str = Field("", description="key of the catalogue row that this recipe stands for")
-    seeds: list[int] = Field(default_factory=lambda: [0])
+    seeds: Seeds = Field(default_factory=lambda: [0], description="a list, or how many")
     teacher: Net | None = None
     student: Net | None = None
     nets: dict[str, Net | list[Net]] = Field(default_factory=dict, description="further networks by role")
@@ -142,6 +199,7 @@ class Recipe(_Strict):
     control: dict[str, Any] = Field(default_factory=dict, description="what the control changes besides its teacher")
     expect: Expect | None = None
     stages: list["Recipe"] = Field(default_factory=list)
+    _written: Written = PrivateAttr(default_factory=Written)
 
     @model_validator(mode="before")
     @classmethod
@@ -158,7 +216,31 @@ class Recipe(_Strict):
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Recipe":
         """A copy with nested changes, {"train": {"epochs": 3}}; checked again."""
-        return check(merge(self.model_dump(exclude_unset=True), changes), "recipe")
+        tree = merge(self.model_dump(exclude_unset=True), changes)
+        return check(tree, self._written.source or "recipe", self._written.places)
+
+    def at(self, *path: Any) -> str:
+        """'file:line: `key`: ' of a key, to begin a complaint about it with; '' for a recipe that nobody wrote down."""
+        place = self._written.of(path)
+        return f"{place}: `{'.'.join(map(str, path))}`: " if place else ""
+
+    @contextmanager
+    def blamed(self, *path: Any) -> Iterator[None]:
+        """What is refused inside is put down to a key of this recipe."""
+        try:
+            yield
+        except BadInput as error:
+            if not str(error).startswith((self._written.source, "override ")):  # it names its key already
+                error.args = (f"{self.at(*path)}{error}",)
+            raise
+        except (ValueError, TypeError) as error:  # a method's own `require`, and what torch refuses
+            raise BadInput(f"{self.at(*path)}{error}") from error
+
+    def unplaced(self) -> "Recipe":
+        """A copy that does not know where it was written."""
+        copy = self.model_copy()
+        copy._written = Written()
+        return copy
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -199,20 +281,62 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 # ---- YAML with line numbers ------------------------------------------------------------------------------------------
-def _lines(node: yaml.Node, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
-    yield path, node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[Any, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                where = f"{key.start_mark.name}:{line}"
-                raise BadInput(f"{where}: the key {key.value!r} is already on line {seen[key.value]}")
-            seen[key.value] = line
-            yield from ((p, line if p == (*path, key.value) else n) for p, n in _lines(value, (*path, key.value)))
-    elif isinstance(node, yaml.SequenceNode):
+class _Loader(yaml.SafeLoader):
+    """Plain values only; 1e-3 is a number, as it is everywhere but in YAML 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, source: str) -> tuple[Any, dict[Keys, str]]:
+    """The plain values of a YAML text, and where each of them is written, as 'source:line'."""
+    loader = _Loader(text)
+    loader.name = source
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        places = dict(_places(loader, node, source, (), ()))
+        return loader.construct_document(node), places
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise BadInput(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def _places(
+    loader: _Loader, node: yaml.Node, source: str, path: Keys, inside: tuple[int, ...]
+) -> Iterator[tuple[Keys, str]]:
+    if id(node) in inside:
+        raise BadInput(f"{source}:{node.start_mark.line + 1}: an alias may not contain itself")
+    inside = (*inside, id(node))
+    yield path, f"{source}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            yield from _lines(value, (*path, i))
+            yield from _places(loader, value, source, (*path, i), inside)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[Any, int] = {}
+    for key_node, value in node.value:
+        line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise BadInput(f"{source}:{line}: a key must be a plain word, found a {key_node.id}")
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise BadInput(f"{source}:{line}: the key {key!r} is already on line {seen[key]}")
+        if not isinstance(key, str):
+            raise BadInput(
+                f"{source}:{line}: a key must be a word, found {key_node.value!r}, which YAML reads as {key!r}"
+            )
+        seen[key] = line
+        yield from _places(loader, value, source, (*path, key), inside)
+        yield (*path, key), f"{source}:{line}"
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -221,110 +345,156 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise BadInput(f"cannot read the recipe {path}: {getattr(error, 'strerror', error)}{near}") from error
-    try:
-        loader = yaml.SafeLoader(text)
-        loader.name = str(path)
-        node = loader.get_single_node()
-        lines = dict(_lines(node)) if node is not None else {}
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise BadInput(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = "it is no text file" if isinstance(error, UnicodeDecodeError) else error.strerror
+        near = near if "did you mean" in near and not path.exists() else ""
+        raise BadInput(f"cannot read the recipe {path}: {problem}{near}") from error
+    tree, places = _parse(text, str(path))
     if not isinstance(tree, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of keys such as name, do, data; found {type(tree).__name__}")
-    tree.setdefault("name", path.stem)
+        kind = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise BadInput(f"{path}: a recipe is a mapping of keys such as name, do, data; found {kind}")
+    tree.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("_.-") or "recipe")
     for override in overrides:
-        _apply(tree, override)
-    return check(tree, str(path), lines)
+        changed = _apply(tree, override)
+        places = {p: place for p, place in places.items() if p[: len(changed)] != changed}
+        places[changed] = f"override {override!r}"
+    return check(tree, str(path), places)
 
 
-def check(tree: Mapping[str, Any], source: str, lines: Mapping[tuple[Any, ...], int] | None = None) -> Recipe:
-    """Check a tree of plain values against the model and the signatures of what it names."""
+def check(tree: Mapping[str, Any], source: str, places: Mapping[Keys, str] | None = None) -> Recipe:
+    """The recipe of a tree of plain values. Raises BadInput that begins with the place of the first wrong key."""
+    written = Written(source, places or {})
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        loc = tuple(p for p in first["loc"] if not _is_type(p))
-        raise BadInput(_sentence(source, loc, first, tree, lines or {})) from error
+        found = [(_real(e["loc"], tree), e) for e in error.errors()]
+        same = [(path, e) for path, e in found if path[: len(found[0][0])] == found[0][0]]  # members of one union
+        raise BadInput(_sentence(written, *max(same, key=lambda pair: len(pair[0])))) from error
+    _place(recipe, written)
+    _check_stages(recipe)
     return recipe
 
 
-def _is_type(part: Any) -> bool:
-    """Whether a part of an error's path is a member of a union rather than a key."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "list"))
+def _place(recipe: Recipe, written: Written) -> None:
+    recipe._written = written
+    for i, stage in enumerate(recipe.stages):
+        _place(stage, written.below("stages", i))
 
 
-def _sentence(
-    source: str, loc: tuple[Any, ...], error: Mapping[str, Any], tree: Any, lines: Mapping[tuple[Any, ...], int]
-) -> str:
-    where = source
-    for n in range(len(loc), 0, -1):
-        if loc[:n] in lines:
-            where = f"{source}:{lines[loc[:n]]}"
-            break
-    key = ".".join(map(str, loc))
+BESIDE_STAGES = ("name", "do", "row", "expect", "stages")
+
+
+def _check_stages(recipe: Recipe) -> None:
+    """What stands beside `stages` would be read by none of them; their folders are called by their names."""
+    if not recipe.stages:
+        return
+    for key in recipe.model_fields_set:
+        if key not in BESIDE_STAGES:
+            raise BadInput(f"{recipe.at(key)}no stage reads what stands beside `stages`; write `{key}` into the stages")
+    names: list[str] = []
+    for i, stage in enumerate(recipe.stages):
+        if stage.name in names:
+            raise BadInput(f"{recipe.at('stages', i, 'name')}two stages are called {stage.name!r}")
+        names.append(stage.name)
+        _check_stages(stage)
+
+
+def _real(loc: Keys, tree: Any) -> Keys:
+    """The part of an error's path that is keys and places, without the members of unions that pydantic puts between."""
+    out: list[Any] = []
+    for i, part in enumerate(loc):
+        inside = isinstance(tree, Mapping) and part in tree
+        inside = inside or (isinstance(tree, (list, tuple)) and isinstance(part, int) and part < len(tree))
+        if inside:
+            tree = tree[part]
+        if inside or (i == len(loc) - 1 and isinstance(tree, Mapping)):  # the last may be a key that is missing
+            out.append(part)
+    return tuple(out)
+
+
+def _sentence(written: Written, path: Keys, error: Mapping[str, Any]) -> str:
+    where, key = written.of(path), ".".join(map(str, path))
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key `{key}`{nearest(str(loc[-1]), _known(loc[:-1]))}"
+        return f"{where}: unknown key `{key}`{_cure(path)}"
     if error["type"] == "missing":
         return f"{where}: the key `{key}` is missing"
-    return f"{where}: `{key}`: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error.get('input')!r}"
+    if error["type"] == "value_error":
+        return f"{where}: `{key}`: {error['ctx']['error']}"
+    found = repr(error.get("input"))
+    found = found if len(found) <= 80 else found[:77] + "..."
+    wanted = re.sub(r"valid dictionary or instance of \w+", "mapping of keys", error["msg"])
+    wanted = wanted.partition(", unable to parse")[0].removeprefix("Input ").removeprefix("String ")
+    return f"{where}: `{key}` {wanted}, got {found}"
 
 
-def _known(loc: tuple[Any, ...]) -> list[str]:
+def _cure(path: Keys) -> str:
+    """The nearest key of that block, or the block that the key belongs to."""
+    *above, last = path
+    known = list(_model(tuple(above)).model_fields)
+    near = nearest(str(last), known)
+    if "did you mean" not in near or last not in known:
+        homes = [name for name in ("train", "data", "judge", "store", "expect") if last in MODELS[name].model_fields]
+        if homes and not above:
+            return f"; it belongs in `{homes[0]}`"
+    return near
+
+
+def _model(path: Keys) -> type[BaseModel]:
     model: type[BaseModel] = Recipe
-    for part in loc:
+    for part in path:
         model = MODELS.get(part, model)
-    return list(model.model_fields)
+    return model
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one value by a path: "train.epochs=3"; a list element by number or by the name it starts with."""
-    path, sign, text = override.partition("=")
-    if not sign or not path:
+def _apply(tree: dict[str, Any], override: str) -> Keys:
+    """Set one value by a path: "train.epochs=3"; a list element by number or by name. Returns the path that was set."""
+    dotted, sign, text = override.partition("=")
+    if not sign or not dotted:
         raise BadInput(f"an override is written key.key=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"the value of the override {override!r} is not valid YAML") from error
+    value, _ = _parse(text, f"override {override!r}")
     at: Any = tree
-    *parents, last = path.split(".")
-    for i, part in enumerate(parents):
-        following = parents[i + 1] if i + 1 < len(parents) else last
-        at = _enter(at, part, following, override)
+    *parents, last = dotted.split(".")
+    path: list[Any] = []
+    for part in parents:
+        at = _enter(at, part, override, path)
     if isinstance(at, list):
-        at[_place(at, last, override)] = value
+        path.append(_index(at, last, override))
+        at[path[-1]] = value
     elif isinstance(at, dict):
+        path.append(last)
         at[last] = value
     else:
         raise BadInput(f"the override {override!r} goes below a plain value")
+    return tuple(path)
 
 
-def _enter(at: Any, part: str, following: str, override: str) -> Any:
+def _enter(at: Any, part: str, override: str, path: list[Any]) -> Any:
     if isinstance(at, list):
-        i = _place(at, part, override)
+        i = _index(at, part, override)
+        path.append(i)
         if isinstance(at[i], str):  # `ce` becomes {ce: {}} to hold a knob
             at[i] = {at[i]: {}}
-        return at[i] if part.isdigit() else _child(at[i], part)
+        if part.isdigit() or at[i].get("name") == part:
+            return at[i]
+        at = at[i]
     if not isinstance(at, dict):
         raise BadInput(f"the override {override!r} goes below a plain value")
+    path.append(part)
     return _child(at, part)
 
 
 def _child(at: dict[str, Any], part: str) -> Any:
     if at.get(part) is None:
-        at[part] = {}
+        at[part] = list(Recipe.model_fields["match"].default) if part == "match" else {}
     elif isinstance(at[part], str):  # short forms: `teacher: resnet20`, `data: digits`, `method: dm`
         short = {"teacher": "net", "student": "net", "data": "name"}.get(part)
         at[part] = {short: at[part]} if short else {at[part]: {}}
     return at[part]
 
 
-def _place(items: list[Any], part: str, override: str) -> int:
+def _index(items: list[Any], part: str, override: str) -> int:
     if part.isdigit() and int(part) < len(items):
         return int(part)
-    names = [next(iter(i)) if isinstance(i, dict) and i else i for i in items]
+    names = [i.get("name") or next(iter(i)) if isinstance(i, dict) and i else i for i in items]
     if part in names:
         return names.index(part)
     raise BadInput(f"the override {override!r}: {part!r} is not in the list{nearest(part, map(str, names))}")
@@ -332,5 +502,5 @@ def _place(items: list[Any], part: str, override: str) -> int:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, without what was left at its default."""
-    body = {"name": recipe.name, "do": recipe.do, **recipe.model_dump(mode="json", exclude_defaults=True)}
+    body = {"name": recipe.name, "do": recipe.do, **recipe.model_dump(mode="json", exclude_unset=True)}
     return yaml.safe_dump(body, sort_keys=False, width=120)

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +20,11 @@ from limbeck.core.batches import Splits
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, dump
 from limbeck.report import numerals, statistics
-from limbeck.verbs import build, condense, label, shape, shorten, teach
+from limbeck.verbs import build, label
+from limbeck.verbs.check import VERBS, check_names, untouched
 from limbeck.verbs.result import Result
 from limbeck.verbs.setting import Event, Outcome, Setting
 
-VERBS: dict[str, ModuleType] = {"teach": teach, "condense": condense, "shorten": shorten, "shape": shape}
 REPORTED = ("torch", "numpy", "accelerate", "safetensors", "limbeck")
 
 
@@ -50,6 +51,11 @@ def run(
 
 def carry_out(setting: Setting, *, shared: Path | None = None) -> Result:
     """Run every arm under every seed of a setting that is already bound to data and networks."""
+    with untouched(setting.folder):
+        return _every_arm(setting, shared)
+
+
+def _every_arm(setting: Setting, shared: Path | None) -> Result:
     recipe, folder = setting.recipe, setting.folder
     if recipe.do in ("label", "train", "evaluate"):
         alone: Result = label.run(setting)
@@ -110,6 +116,7 @@ def _shared_key(recipe: Recipe, verb: ModuleType, arm: str, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+@cache
 def source_digest() -> str:
     """Hash of the code that every control runs through."""
     root, digest = Path(__file__).parent, hashlib.sha256()
@@ -129,7 +136,8 @@ def mean_metrics(outcomes: list[Outcome]) -> dict[str, float]:
 def deciding(recipe: Recipe, arms: Mapping[str, list[Outcome]]) -> str:
     """The metric that decides: the recipe's, what it expects, or the first measured."""
     measured = arms["student"][0].metrics
-    wanted = recipe.metric or (recipe.expect.metric if recipe.expect else "") or next(iter(measured))
+    usual = "nll" if "nll" in measured and not recipe.measure else next(iter(measured))
+    wanted = recipe.metric or (recipe.expect.metric if recipe.expect else "") or usual
     if wanted not in measured:
         raise BadInput(f"the metric {wanted!r} was not measured{nearest(wanted, measured)}")
     return wanted
@@ -224,6 +232,12 @@ def _write(path: Path, body: Mapping[str, Any]) -> None:
 
 def _stages(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, shared: Path | None) -> Result:
     """Stages one after the other; later ones name what earlier ones made as `stage:NAME`."""
+    with untouched(folder):
+        return _each_stage(recipe, folder, resume, on_event, shared)
+
+
+def _each_stage(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, shared: Path | None) -> Result:
+    check_names(recipe)  # of all stages, before the first long one
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump(recipe))
     result: Result | None = None
@@ -246,7 +260,7 @@ def _with_stages(stage: Recipe, folder: Path) -> Recipe:
             return {k: follow(v) for k, v in value.items()}
         return [follow(v) for v in value] if isinstance(value, list) else value
 
-    return Recipe.model_validate(follow(stage.model_dump(exclude_unset=True)))
+    return stage.with_changes(follow(stage.model_dump(exclude_unset=True)))
 
 
 # ---- without YAML ----------------------------------------------------------------------------------------------------
@@ -259,6 +273,7 @@ def in_python(
     networks: Mapping[str, Network | None],
     data: Any,
     folder: str | Path | None,
+    resume: bool,
     on_event: Event | None,
     seeds: int | Iterable[int],
     settings: Mapping[str, Any],
@@ -278,6 +293,13 @@ def in_python(
 
     recipe = check(body, f"limbeck.{do}")
     where = Path(folder) if folder is not None else new_folder(Path("runs"), recipe.name)
+    if (record := where / "recipe.yaml").exists():
+        if not resume:
+            raise BadInput(f"{where} holds a run already; go on with resume=True, or choose another folder")
+        if record.read_text() != dump(recipe):
+            raise BadInput(f"{where} holds another run than the one asked for: see {record}; choose another folder")
+    elif resume:
+        raise BadInput(f"there is no run to go on with in {where}: it holds no recipe.yaml")
     splits: Splits | None = build.as_splits(data, recipe)
-    setting = build.setting(recipe, where, on_event, False, splits=splits, networks=networks)
+    setting = build.setting(recipe, where, on_event, resume, splits=splits, networks=networks)
     return carry_out(setting)

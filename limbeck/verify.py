@@ -3,7 +3,9 @@
 Nothing else writes there. An interrupted verify goes on where it stopped, seed by seed and step by step.
 """
 
+import hashlib
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import catalogue
+from limbeck.core import find
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
-from limbeck.run import run
+from limbeck.run import methods_of, run, source_digest
+from limbeck.verbs.check import VERBS
 
 
 def recipe_of(name: str) -> tuple[str, Recipe]:
@@ -30,6 +34,27 @@ def recipe_of(name: str) -> tuple[str, Recipe]:
     raise BadInput(f"there is no recipe for {name!r}{nearest(name, known)}")
 
 
+def with_seeds(recipe: Recipe, count: int) -> Recipe:
+    """The recipe over that many seeds; of several stages, the last one, whose result is the evidence."""
+    seeds = list(range(count))
+    if not recipe.stages:
+        return recipe.model_copy(update={"seeds": seeds})
+    *before, last = recipe.stages
+    judged = last.model_copy(update={"seeds": seeds, "expect": recipe.expect or last.expect})
+    return recipe.model_copy(update={"stages": [*before, judged]})
+
+
+def code_digest(recipe: Recipe) -> str:
+    """Hash of all code that decides the figures: evidence of other code than today's is not taken up again."""
+    methods = {name for stage in recipe.stages or [recipe] for name in methods_of(stage)}
+    files = [find.ROOT.parent / Path(*find.names()[name].split(".")).with_suffix(".py") for name in methods]
+    files += [*(find.ROOT / "measure").rglob("*.py"), *(find.ROOT / "adapters").rglob("*.py")]
+    digest = hashlib.sha256(source_digest().encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def verify(
     name: str,
     *,
@@ -40,15 +65,19 @@ def verify(
     """Run one row's evidence and write it.
 
     seeds: how many (default: what the recipe expects, 5). root: where runs and shared controls are kept. Work of the
-    same recipe that was interrupted is taken up again.
+    same recipe and the same code that was interrupted, or ran over fewer seeds, is taken up again.
     """
     from limbeck import conformance
 
     key, recipe = recipe_of(name)
-    count = seeds or (recipe.expect.seeds if recipe.expect else 5)
-    bound = recipe.model_copy(update={"seeds": list(range(count))})
-    folder = root / "verify" / f"{key}-{recipe.digest}"
-    result = run(bound, folder=folder, resume=folder.exists(), on_event=on_event, shared=root / "verify" / "shared")
+    last = recipe.stages[-1] if recipe.stages else recipe
+    expect = recipe.expect or last.expect
+    count = seeds or (expect.seeds if expect else 5)
+    if last.do not in VERBS:
+        raise BadInput(f"{recipe.name}: `{last.do}` has no control, so there is no evidence to gather")
+    folder = root / "verify" / f"{key}-{recipe.digest}-{code_digest(recipe)}"
+    shared = root / "verify" / "shared"
+    result = run(with_seeds(recipe, count), folder=folder, resume=folder.exists(), on_event=on_event, shared=shared)
     body = json.loads((result.folder / "result.json").read_text())
     checks = {}
     for method in body["methods"]:
@@ -58,34 +87,45 @@ def verify(
             "failed": [o.check for o in outcomes if not o.passed],
             "vector": catalogue.vector_digest(method),
         }
-    expect = recipe.expect
-    mean = sum(m[body["metric"]] for m in body["arms"]["student"]["per_seed"]) / count
+    figures = [m[body["metric"]] for m in body["arms"]["student"]["per_seed"]]
+    mean = sum(figures) / len(figures)
     published = None
     if expect is not None and expect.published is not None:
         near = abs(mean - expect.published) <= (expect.within or 0.0)
         published = {"value": expect.published, "within": expect.within, "here": mean, "reproduced": near}
-    evidence = {
-        "key": key,
-        "recipe": catalogue.recipes()[key].name if key in catalogue.recipes() else name,
-        "recipe_hash": recipe.digest,
-        "metric": body["metric"],
-        "higher_is_better": body["higher_is_better"],
-        "seeds": body["seeds"],
-        "arms": body["arms"],
-        "gain": body["gain"],
-        "verdict": body["verdict"],
-        "published": published,
-        "conformance": checks,
-        "seconds": round(sum(sum(a["seconds"]) for a in body["arms"].values()), 1),
-        "machine": {"cpu": platform.processor() or platform.machine(), "system": platform.system()},
-        "versions": body["versions"],
-        "commit": body["commit"],
-    }
+    evidence = _plain(
+        {
+            "key": key,
+            "recipe": catalogue.recipes()[key].name if key in catalogue.recipes() else name,
+            "recipe_hash": recipe.digest,
+            "metric": body["metric"],
+            "higher_is_better": body["higher_is_better"],
+            "seeds": body["seeds"],
+            "arms": body["arms"],
+            "gain": body["gain"],
+            "verdict": body["verdict"],
+            "published": published,
+            "conformance": checks,
+            "seconds": round(sum(sum(a["seconds"]) for a in body["arms"].values()), 1),
+            "machine": {"cpu": platform.processor() or platform.machine(), "system": platform.system()},
+            "versions": body["versions"],
+            "commit": body["commit"],
+        }
+    )
     target = catalogue.home() / "evidence" / f"{key}.json"
     target.parent.mkdir(exist_ok=True)
     draft = target.with_name(f".{key}.json")
-    draft.write_text(json.dumps(evidence, indent=1) + "\n")
+    draft.write_text(json.dumps(evidence, indent=1, allow_nan=False) + "\n")
     draft.rename(target)
     for checkpoints in folder.rglob("checkpoints"):  # the work is done; the figures stay
         shutil.rmtree(checkpoints, ignore_errors=True)
     return evidence
+
+
+def _plain(tree: Any) -> Any:
+    """The same with None for nan and infinities, which JSON does not know: an interval needs two seeds."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -6,7 +6,23 @@ is a function `check_something(name)` in cards (all methods), losses, training, 
 reason: exceptions={"batch order": "why"}. An exception that is not needed fails too.
 """
 
-from limbeck.conformance.stubs import stub
-from limbeck.conformance.suite import Outcome, checks, run, self_test
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.conformance.stubs import stub
+    from limbeck.conformance.suite import Outcome, checks, run, self_test
 
 __all__ = ["Outcome", "checks", "run", "self_test", "stub"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when asked for: writing a stub needs no torch."""
+    if name == "stub":
+        from limbeck.conformance.stubs import stub
+
+        return stub
+    if name in __all__:
+        from limbeck.conformance import suite
+
+        return getattr(suite, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -87,15 +87,10 @@ def _reference(method: Any, vector: dict[str, Any]) -> None:
     reduced = mean(out, mask)
     total = {"mean": reduced.value, "sum": reduced.total, "none": out}[reduce]
     close(total, torch.tensor(vector["value"], dtype=torch.float64), "the value", rtol=1e-9, atol=1e-12)
-    for key, after in vector["state_after"].items() if module is not None else ():
-        found = module.state_dict()[key]
-        close(
-            found,
-            torch.tensor(after, dtype=torch.float64).to(found),
-            f"the state {key!r} after the call",
-            rtol=1e-9,
-            atol=1e-12,
-        )
+    end = module.state_dict() if module is not None else {}
+    for key, after in vector["state_after"].items():
+        ends = torch.tensor(after, dtype=torch.float64).to(end[key])
+        close(end[key], ends, f"the state {key!r} after the call", rtol=1e-9, atol=1e-12)
     total.sum().backward()
     for key, grad in wanted.items():
         listed = isinstance(inputs[key], list)
@@ -346,7 +341,7 @@ def check_descent(name: str) -> None:
     """Thirty steps of Adam on student tensors and its own weights go down, and nothing else is touched."""
     method = find.get(name)
     inputs = fresh(tensors(method))
-    before = {k: fresh({"x": v}, grad=False)["x"] if not isinstance(v, float) else v for k, v in inputs.items()}
+    before: Inputs = fresh(inputs, grad=False)
     module = build(method, inputs).double() if is_module(method) else None
     movable = [leaf for _, leaf in leaves(inputs, "student")] + list(module.parameters() if module is not None else ())
     optimizer = torch.optim.Adam(movable, lr=0.05)
@@ -449,6 +444,9 @@ def check_in_training(name: str) -> None:
         for key, _ in end.modules[root].named_parameters():
             moved = not torch.equal(before[f"{root}.{key}"], after[f"{root}.{key}"])
             expect(moved or root == "student", f"its own weight {key!r} is not trained")
-    expect(any(not torch.equal(v, after[k]) for k, v in before.items() if k.startswith("student.")), "the student does not move")
+    expect(
+        any(not torch.equal(v, after[k]) for k, v in before.items() if k.startswith("student.")),
+        "the student does not move",
+    )
     if is_module(method):
         training.resumes(make)

@@ -125,7 +125,8 @@ def check_order(name: str) -> None:
         same = set(order[there].tolist()) == set(here.tolist())
         expect(
             same,
-            f"after the examples changed places others are chosen: {sorted(order[there].tolist())}, before {sorted(here.tolist())}",
+            f"after the examples changed places others are chosen: {sorted(order[there].tolist())}, "
+            f"before {sorted(here.tolist())}",
         )
     else:
         close(

@@ -45,8 +45,8 @@ def check_reference(name: str) -> None:
     """The student is that of the vector, as far as the vector says it in one of three ways.
 
     "blocks": n and "kept": of a tower of n blocks those stay. "inputs": {"weight": of a convolution} and "kept": those
-    of its channels stay. "inputs": state of a perceptron and "value": state of the student. Further cases with their own
-    "source" may follow. Anything else that a vector holds is for tests of its own.
+    of its channels stay. "inputs": state of a perceptron and "value": state of the student. Further cases, each with a
+    "source", may follow. Anything else that a vector holds is for tests of its own.
     """
     vector = vectors.read(name)
     for case in [vector, *(v for v in vector.values() if isinstance(v, dict) and "source" in v)]:
@@ -67,17 +67,20 @@ def _reference(name: str, vector: dict[str, Any]) -> None:
     elif "kept" in vector and "weight" in inputs:
         weight = torch.tensor(inputs["weight"], dtype=torch.float64)
         gives, takes, *window = weight.shape
-        stack = nn.Sequential(nn.Conv2d(takes, gives, tuple(window)), nn.ReLU(), nn.Conv2d(gives, 1, 1)).double()
-        stack[0].weight.data.copy_(weight)
-        student = method(stack, **knobs)
+        first = nn.Conv2d(takes, gives, (window[0], window[1]))
+        first.weight.data = weight
+        student = method(nn.Sequential(first, nn.ReLU(), nn.Conv2d(gives, 1, 1)).double(), **knobs)
         same = torch.equal(student[0].weight, weight[vector["kept"]])
         expect(same, f"the channels that stay are not {vector['kept']}")
     elif isinstance(vector.get("value"), dict):
-        states = [{k: torch.tensor(v, dtype=torch.float64) for k, v in vector[key].items()} for key in ("inputs", "value")]
+        states = [
+            {k: torch.tensor(v, dtype=torch.float64) for k, v in vector[key].items()} for key in ("inputs", "value")
+        ]
         places = sorted({int(k.split(".")[0]) for k in states[0]})
         stack = nn.Sequential()
         for i in range(places[-1] + 1):
-            stack.append(nn.Linear(*reversed(states[0][f"{i}.weight"].shape)).double() if i in places else nn.ReLU())
+            gives, takes = states[0][f"{i}.weight"].shape if i in places else (0, 0)
+            stack.append(nn.Linear(takes, gives).double() if i in places else nn.ReLU())
         stack.load_state_dict(states[0])
         differs = same_state(method(stack, **knobs).state_dict(), states[1])
         expect(not differs, f"the student's {differs!r} is not that of the vector")
@@ -124,15 +127,18 @@ def check_teacher_untouched(name: str) -> None:
     teacher = toys.Tower()
     for p in teacher.parameters():
         p.requires_grad_(False)
-    look = lambda: [
-        (n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in teacher.named_modules()
-    ]
-    before, modes = state(teacher), look()
+    before, modes = state(teacher), _modes(teacher)
     make(name, teacher)
     differs = same_state(teacher.state_dict(), before)
     expect(not differs, f"the teacher's {differs!r} changed")
-    expect(look() == modes, "the teacher's modes, layers or hooks changed")
+    expect(_modes(teacher) == modes, "the teacher's modes, layers or hooks changed")
     expect(not any(p.requires_grad for p in teacher.parameters()), "the teacher asks for gradients afterwards")
+
+
+def _modes(module: nn.Module) -> list[tuple[str, bool, int, int]]:
+    """Each layer's name, mode and number of hooks."""
+    layers = module.named_modules()
+    return [(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in layers]
 
 
 def check_deterministic(name: str) -> None:

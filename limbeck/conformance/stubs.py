@@ -25,7 +25,12 @@ class Kind:
 
 
 LOGITS = Kind(
-    imports="from torch import Tensor\n\nfrom limbeck.core.card import method, require\nfrom limbeck.core.maths import kl\n",
+    imports="""
+    from torch import Tensor
+
+    from limbeck.core.card import method, require
+    from limbeck.core.maths import kl
+    """,
     body='''
     def {name}(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         """The equation, in one line.  [..., C] x 2 -> [...]
@@ -46,7 +51,12 @@ LOGITS = Kind(
     },
 )
 MODULE = Kind(
-    imports="from torch import Tensor, nn\n\nfrom limbeck.core.card import method\nfrom limbeck.core.maths import pair\n",
+    imports="""
+    from torch import Tensor, nn
+
+    from limbeck.core.card import method
+    from limbeck.core.maths import pair
+    """,
     body='''
     class {title}(nn.Module):
         """The equation, in one line.  [B, D], [B, E] -> [B]
@@ -77,7 +87,12 @@ MODULE = Kind(
     },
 )
 RELATION = Kind(
-    imports="from torch import Tensor\n\nfrom limbeck.core.card import method\nfrom limbeck.core.maths import pairwise_distances\n",
+    imports="""
+    from torch import Tensor
+
+    from limbeck.core.card import method
+    from limbeck.core.maths import pairwise_distances
+    """,
     body='''
     def {name}(student_emb: Tensor, teacher_emb: Tensor, *, power: float = 2.0) -> Tensor:
         """The equation, in one line.  [B, D], [B, E] -> []
@@ -98,7 +113,13 @@ RELATION = Kind(
     },
 )
 MAPS = Kind(
-    imports="import torch\nfrom torch import Tensor\n\nfrom limbeck.core.card import method\nfrom limbeck.core.maths import upcast\n",
+    imports="""
+    import torch
+    from torch import Tensor
+
+    from limbeck.core.card import method
+    from limbeck.core.maths import upcast
+    """,
     body='''
     def {name}(student_feats: list[Tensor], teacher_feats: list[Tensor], *, power: float = 2.0) -> Tensor:
         """The equation, in one line.  [B, C, H, W] lists -> [B]
@@ -122,9 +143,16 @@ MAPS = Kind(
     },
 )
 TRAIN = Kind(
-    imports="from collections.abc import Iterator\nfrom dataclasses import dataclass\n\nfrom limbeck.core.card import method, require\n"
-    "from limbeck.core.loop import Clock, Turn\nfrom limbeck.core.nets import Batch, Nets\n"
-    "from limbeck.core.reduce import mean\nfrom limbeck.losses.logits.kd import kd\n",
+    imports="""
+    from collections.abc import Iterator
+    from dataclasses import dataclass
+
+    from limbeck.core.card import method, require
+    from limbeck.core.loop import Clock, Turn
+    from limbeck.core.nets import Batch, Nets
+    from limbeck.core.reduce import mean
+    from limbeck.losses.logits.kd import kd
+    """,
     decorate="@dataclass(frozen=True)\n",
     body='''
     class {title}:
@@ -148,7 +176,12 @@ TRAIN = Kind(
     vector={"knobs": {}, "turns": None},
 )
 SHAPE = Kind(
-    imports="from torch import nn\n\nfrom limbeck.core.card import method, require\nfrom limbeck.core.surgery import copied\n",
+    imports="""
+    from torch import nn
+
+    from limbeck.core.card import method, require
+    from limbeck.core.surgery import copied
+    """,
     body='''
     def {name}(teacher: nn.Module, *, ratio: float = 0.5) -> nn.Module:
         """A copy of the teacher that ...
@@ -163,7 +196,12 @@ SHAPE = Kind(
     vector={"knobs": {}, "kept": None},
 )
 SELECT = Kind(
-    imports="from torch import Tensor\n\nfrom limbeck.core.card import method, require\nfrom limbeck.core.maths import upcast\n",
+    imports="""
+    from torch import Tensor
+
+    from limbeck.core.card import method, require
+    from limbeck.core.maths import upcast
+    """,
     body='''
     def {name}(features: Tensor, *, budget: int = 10) -> Tensor:
         """Indices of the examples that ...  [N, ...] -> [budget]
@@ -178,7 +216,12 @@ SELECT = Kind(
     vector={"knobs": {"budget": 3}, "inputs": {"features": None}, "value": None},
 )
 ROWS = Kind(
-    imports="from collections.abc import Iterable, Iterator\nfrom typing import Any\n\nfrom limbeck.core.card import method, require\n",
+    imports="""
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+    from limbeck.core.card import method, require
+    """,
     body='''
     def {name}(rows: Iterable[dict[str, Any]], *, field: str = "text", shortest: int = 1) -> Iterator[dict[str, Any]]:
         """The rows that ..., in order -> rows, with this filter added to their `provenance`.
@@ -196,7 +239,11 @@ ROWS = Kind(
     vector={"knobs": {}, "inputs": {"rows": None}, "value": None},
 )
 MEASURE = Kind(
-    imports="from torch import Tensor\n\nfrom limbeck.core.card import method\n",
+    imports="""
+    from torch import Tensor
+
+    from limbeck.core.card import method
+    """,
     body='''
     def {name}(student_logits: Tensor, teacher_logits: Tensor) -> float:
         """What the number says, its unit and range.  [..., C] x 2 -> number
@@ -256,6 +303,6 @@ def stub(name: str, folder: str) -> tuple[str, str]:
     """).strip()
     body = dedent(kind.body).strip().format(name=name, title=title)
     idea = "The idea of the paper in one sentence."
-    source = f'"""{idea}"""\n\n{kind.imports}\n\n{card}\n{kind.decorate}{body}\n'
+    source = f'"""{idea}"""\n\n{dedent(kind.imports).strip()}\n\n\n{card}\n{kind.decorate}{body}\n'
     vector = {"source": "", **kind.vector}
     return source, json.dumps(vector, indent=1) + "\n"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -40,9 +41,28 @@ class Outcome:
 
 def checks(name: str) -> dict[str, Check]:
     """Every check that concerns the method called `name`, by its name, cheapest first."""
-    method = find.get(name)
+    try:
+        method = find.get(name)
+    except Exception as error:
+        if name not in find.names():
+            raise
+        return {"import": _fails(f"{type(error).__name__}: {error}")}
     found = {**_checks_in(cards), **_checks_in(FAMILIES[find.family(name)])}
-    return {key: check for key, check in found.items() if getattr(check, "concerns", lambda _: True)(method)}
+    return {key: check for key, check in found.items() if _concerned(check, method)}
+
+
+def _concerned(check: Check, method: Any) -> bool:
+    try:
+        return bool(getattr(check, "concerns", lambda _: True)(method))
+    except Exception:  # a method too broken to tell: the check will say how
+        return True
+
+
+def _fails(message: str) -> Check:
+    def check(name: str) -> None:
+        raise Broken(message)
+
+    return check
 
 
 def _checks_in(module: ModuleType) -> dict[str, Check]:
@@ -62,16 +82,19 @@ def run(name: str, *, folder: Path | None = None, only: str = "", until_failure:
     vectors.use(folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the toys are so small that more threads only wait for each other
+    fixed, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     outcomes: list[Outcome] = []
     try:
         wanted = {key: check for key, check in checks(name).items() if only in ("", key)}
-        excused = {key.replace("_", " "): reason for key, reason in find.get(name).card.exceptions.items()}
+        declared = {} if "import" in wanted else find.get(name).card.exceptions
+        excused = {key.replace("_", " "): reason for key, reason in declared.items()}
         for key, check in wanted.items():
             outcomes.append(judge(name, key, check, "" if key in FIRM else excused.get(key, "")))
             if until_failure and not outcomes[-1].passed:
                 break
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = fixed
         vectors.use(None)
     return outcomes
 

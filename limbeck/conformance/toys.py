@@ -1,8 +1,8 @@
 """Tiny worlds whose answer is known: one a folder of training methods, none a method.
 
-Pictures of 8 x 8 in four classes, each a shape of its own, stand for everything that sees; sequences
-of a 32-token Markov chain, whose exact distribution is at hand, for everything that speaks; a mixture of Gaussians, whose score
-is known in closed form, for everything that denoises. Networks have batch norm, so that whoever moves is seen.
+Pictures of 8 x 8 in four classes, each a shape of its own, stand for everything that sees; texts of a Markov chain of
+32 tokens, whose exact distribution is at hand, for everything that speaks; a Gaussian, whose score is known in closed
+form, for everything that denoises. Networks have batch norm, or count their calls, so that whoever moves is seen.
 """
 
 import copy
@@ -21,7 +21,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import kernel_logits
 from limbeck.core.loop import Plan
 from limbeck.core.maths import frechet_gaussians, kl
-from limbeck.core.nets import Batch, Nets, outputs
+from limbeck.core.nets import Nets, outputs
 from limbeck.core.sampler import EDM, Denoiser, GaussianDenoiser, generate
 from limbeck.core.synset import SynSet
 
@@ -55,9 +55,7 @@ def scene(name: str, **varied: Any) -> Scene:
     return place(find.get(name)(**_tuples(vectors.read(name).get("knobs", {}))), folder(name), **varied)
 
 
-def place(
-    method: Any, where: str, *, norm: bool = True, mask: bool = False, batch: int = BATCH, **plan: Any
-) -> Scene:
+def place(method: Any, where: str, *, norm: bool = True, mask: bool = False, batch: int = BATCH, **plan: Any) -> Scene:
     """A method in a freshly built world.
 
     norm: whether networks have batch norm. mask: whether some of the examples do not count. batch: examples a
@@ -97,10 +95,7 @@ class Eye(nn.Module):
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            layer = lambda a, b, stride: nn.Sequential(
-                nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b) if norm else nn.Identity(), nn.ReLU()
-            )
-            self.blocks = nn.ModuleList([layer(1, width, 1), layer(width, 2 * width, 2)])
+            self.blocks = nn.ModuleList([_block(1, width, 1, norm), _block(width, 2 * width, 2, norm)])
             self.head = nn.Linear(2 * width * 4, CLASSES)
 
     def forward(self, inputs: Tensor) -> dict[str, Any]:
@@ -111,6 +106,12 @@ class Eye(nn.Module):
             feats.append(x)
         emb = nn.functional.avg_pool2d(x, 2).flatten(1)
         return {"logits": self.head(emb), "feats": feats, "emb": emb}
+
+
+def _block(takes: int, gives: int, stride: int, norm: bool) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(takes, gives, 3, stride, 1), nn.BatchNorm2d(gives) if norm else nn.Identity(), nn.ReLU()
+    )
 
 
 def pictures(
@@ -156,13 +157,13 @@ def accuracy(player: str) -> Callable[[Nets], float]:
     """Share of new pictures that a player names right."""
 
     def score(nets: Nets) -> float:
-        table, net = pictures(99), nets.find(player)
+        table, net = pictures(99).to(nets.device), nets.find(player)
         training = net.training
         net.eval()
         with torch.no_grad():
             found = outputs(net, dict(table.columns))["logits"].argmax(-1)
         net.train(training)
-        return (found == table["labels"]).double().mean().item()
+        return float((found == table["labels"]).double().mean())
 
     return score
 
@@ -229,6 +230,8 @@ def continual(w: World) -> Scene:
     made = _seeing(w, student=Eye(4, w.norm, seed=1))
     halves = {f"task{i}": pictures(i, EXAMPLES // 2, mask=w.mask, classes=c) for i, c in enumerate(((0, 1), (2, 3)))}
     made.data = {name: Batches(table, w.batch, seed=3) for name, table in halves.items()}
+    long = {"adam": {"lr": 3e-2}}  # enough of the second task to forget the first
+    made.plan = replace(made.plan, steps=40, optimizers={"student": long})
     return made
 
 
@@ -257,8 +260,9 @@ def _taught(nets: Nets) -> float:
     """Accuracy of kernel regression from the synthetic pictures."""
     table = pictures(99)
     with torch.no_grad():
-        found = kernel_logits(*nets.images(), table).argmax(-1)
-    return (found == table["labels"]).double().mean().item()
+        inputs, labels = nets.images()
+        found = kernel_logits(inputs.cpu(), labels.cpu(), table).argmax(-1)
+    return float((found == table["labels"]).double().mean())
 
 
 # ---------------------------------------------------------------- a language
@@ -320,7 +324,7 @@ def language(w: World) -> Scene:
 
 def _understanding(nets: Nets) -> float:
     """Minus KL(language || student) in nats a token, over all 32 contexts."""
-    words = torch.arange(WORDS)[:, None]
+    words = torch.arange(WORDS, device=nets.device)[:, None]
     with torch.no_grad():
         student, teacher = (nets.find(n)(words)["logits"][:, 0].double() for n in ("student", "teacher"))
     return -kl(student, teacher).mean().item()
@@ -344,7 +348,8 @@ class Field(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, features: bool = False) -> Tensor:
         inner: Tensor = self.body(torch.cat([x, t.view(-1, 1).to(x)], 1))
-        return inner if features else self.head(inner)  # type: ignore[no-any-return]
+        out: Tensor = self.head(inner)
+        return inner if features else out
 
 
 def samplers(w: World) -> Scene:
@@ -361,7 +366,7 @@ def samplers(w: World) -> Scene:
 def _likeness(nets: Nets) -> float:
     """Minus the Frechet distance between what the student makes in one step and the Gaussian."""
     noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(9))
-    made = generate(nets.student, noise, 1).double()
+    made = generate(nets.student, noise.to(nets.device), 1).double().cpu()
     wanted = torch.tensor(MEAN).double(), torch.tensor(SPREAD).double().square().diag()
     return -frechet_gaussians(made.mean(0), made.T.cov(), *wanted).item()
 

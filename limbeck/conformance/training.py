@@ -17,13 +17,14 @@ from limbeck.core import optim
 from limbeck.core.errors import Interrupted
 from limbeck.core.loop import Clock, Fitted, Turn, fit
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.reduce import Part
 
 State = dict[str, Tensor]
 
 
 def state_of(nets: Nets) -> State:
     """Every parameter and buffer of every network, copied, by its full name."""
-    return {f"{n}.{k}": v.detach().clone() for n, m in nets.modules.items() for k, v in m.state_dict().items()}
+    return {f"{n}.{k}": v.detach().cpu().clone() for n, m in nets.modules.items() for k, v in m.state_dict().items()}
 
 
 def play(made: Scene, **options: Any) -> Fitted:
@@ -50,6 +51,7 @@ class Watched:
         self.inside: set[tuple[int, str]] = set()
         self.by_stage: dict[int, set[str]] = {}
         self.early: set[str] | None = None
+        self.pull: dict[tuple[str, str], bool] = {}
         self.problems: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -84,6 +86,7 @@ class Watched:
             self._inside(nets, clock.stage)
             self._teachers(nets)
             self._apart(nets)
+            self._parts(nets, player, parts)
             self.turn = player
             self.turns += 1
             yield player, parts
@@ -132,6 +135,17 @@ class Watched:
             loose = [k for k, p in nets.find(player).named_parameters() if p.requires_grad]
             if loose:
                 self.complain(f"{player}.{loose[0]} is frozen and yet asks for a gradient")
+
+    def _parts(self, nets: Nets, player: str, parts: Any) -> None:
+        """Note which parts of a loss pull at their player."""
+        params = nets.params(player)
+        for key, part in parts.items() if isinstance(parts, dict) else [("loss", parts)]:
+            value = part.value if isinstance(part, Part) else part.mean()
+            grads = (
+                torch.autograd.grad(value, params, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+            )
+            pulls = any(g is not None and bool(g.any()) for g in grads)
+            self.pull[player, key] = self.pull.get((player, key), False) or pulls
 
     def _apart(self, nets: Nets) -> None:
         owners: dict[int, str] = {}
@@ -199,7 +213,16 @@ def check_networks_of_its_own(name: str) -> None:
     watched, _, _ = watch(name, steps=STEPS)
     for root in sorted(watched.early or ()):
         moves = root in roots(watched.trained) | watched.averaged or root.startswith("teacher")
-        expect(moves, f"the method adds {root!r}, which is neither trained nor averaged; a frozen one is called teacher")
+        expect(
+            moves, f"the method adds {root!r}, which is neither trained nor averaged; a frozen one is called teacher"
+        )
+
+
+def check_every_part_pulls(name: str) -> None:
+    """Every part of a loss sends a gradient to the player whose turn it is: none is detached by mistake."""
+    watched, _, _ = watch(name, steps=STEPS)
+    dead = [f"part {part!r} of {player!r}" for (player, part), pulls in watched.pull.items() if not pulls]
+    expect(not dead, f"{' and '.join(dead)} never sends a gradient")
 
 
 @concerns(lambda method: hasattr(method, "optimizers"))
@@ -324,16 +347,8 @@ def check_half_precision(name: str) -> None:
 def check_gain(name: str) -> None:
     """In the world of its folder, whose answer is known, it comes at least half of the way from its start."""
     made = scene(name)
-    start = made.score(made.nets) if _scorable(made) else 1 / toys.CLASSES
+    start = made.score(made.nets)
     play(made)
     end = made.score(made.nets)
     wanted = start + (made.goal - start) / 2
     expect(end >= wanted, f"its score goes from {start:.3f} to {end:.3f}; the known answer is {made.goal:.3f}")
-
-
-def _scorable(made: Scene) -> bool:
-    try:
-        made.score(made.nets)
-    except AttributeError:
-        return False
-    return True

@@ -132,7 +132,7 @@ def fingerprint(module: nn.Module) -> str:
     for key, tensor in module.state_dict().items():
         digest.update(key.encode())
         digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             if tensor.ndim
             else str(tensor.item()).encode()
         )

@@ -23,7 +23,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.nets import outputs
 from limbeck.core.unroll import krr, relu_kernels
 
-__all__ = ["Budget", "accuracy", "improvement", "judge", "kernel_logits", "logits", "train"]
+__all__ = ["Budget", "accuracy", "hits", "improvement", "judge", "kernel_logits", "logits", "train"]
 
 Factory = Callable[[], nn.Module]
 

@@ -9,9 +9,11 @@ have no turn.
 import json
 import math
 import random
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from limbeck.core import checkpoint, optim, schedule, shard
 from limbeck.core.batches import generator
-from limbeck.core.errors import BadCheckpoint, BadInput, Interrupted, LimbeckError
+from limbeck.core.errors import BadCheckpoint, BadInput, Interrupted, LimbeckError, nearest
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, mean
 from limbeck.core.state import Ema
@@ -173,8 +175,9 @@ class _Run:
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=plan.precision == "fp16")
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
         self.fitted = Fitted(nets, [], [], 0, 0.0)
+        self.latest: list[tuple[str, dict[str, Tensor]]] = []  # the turns of the last step
         self.signal = 0
-        self.prepared: set[int] = set()
+        self.plain: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
         self.stage, self.stage_began = Stage(plan.steps), 0.0
         self.drawn: dict[str, int] = {}  # batches taken from pools that cannot tell their position
         self.skipped: dict[str, Iterator[Batch]] = {}
@@ -182,6 +185,7 @@ class _Run:
     # ---- the run as a whole ----------------------------------------------------------------------------------------
     def go(self, resume: bool) -> Fitted:
         _seed(self.plan.seed)  # what `setup` makes is the same on every process
+        shard.check(self.nets, self.accelerator)
         self.nets.to(self.accelerator.device)
         probe, self.pools = self._peek()
         if hasattr(self.method, "setup"):
@@ -201,6 +205,8 @@ class _Run:
                     start = self._restore(state, stage)
                     state = None
                 self._stage(index, stage, start)
+            shard.restore(self.nets, self.plain)
+            shard.agree(self.nets)
         self.fitted.steps, self.fitted.seconds = self.done, self._elapsed()
         return self.fitted
 
@@ -218,16 +224,17 @@ class _Run:
         self.stage = stage
         pool = self._pool(stage)
         batches = self._stream(stage.pool)
-        shard.agree(self.nets, self.prepared)
-        shard.prepare(self.nets, self.accelerator, self.prepared)
+        shard.agree(self.nets)
+        shard.prepare(self.nets, self.accelerator, self.plain)
         t, plan = start, self.plan
-        while t < stage.steps and self._late() < 1:
+        late = self._late()
+        while t < stage.steps and late < 1:
             self.nets.train()
             micro = [self._to_device(self._draw(batches, stage.pool)) for _ in range(plan.accumulate)]
-            clock = Clock(t, stage.steps, index, getattr(pool, "epoch", 0), self._late())
-            self._step(micro, clock)
+            self._step(micro, Clock(t, stage.steps, index, getattr(pool, "epoch", 0), late))
             t, self.done = t + 1, self.done + 1
-            last = t == stage.steps or self._late() >= 1
+            late = self._late()
+            last = t == stage.steps or late >= 1
             if self.validate and stage.validated and (last or (plan.validate_every and t % plan.validate_every == 0)):
                 self._validate(index, t)
             if self._stop_asked(t):
@@ -249,14 +256,15 @@ class _Run:
 
     # ---- one optimiser step ----------------------------------------------------------------------------------------
     def _step(self, micro: list[Batch], clock: Clock) -> None:
-        began = time.monotonic()
+        turns: list[tuple[str, dict[str, Tensor]]] = []
         generators = [self.method.step(self.nets, batch, clock) for batch in micro]
         while (turn := self._backward(generators)) is not None:
             player, parts = turn
+            shard.reshard(self.nets, self.accelerator)
             params = self.nets.params(player)
             keep = {id(p) for p in params}
-            for module in self.nets.modules.values():
-                for p in module.parameters():
+            for name, module in self.nets.modules.items():
+                for p in module.parameters() if name not in self.nets.frozen else ():
                     if p.grad is not None and id(p) not in keep:
                         p.grad = None
             optimizer = self._optimizer(player, params)
@@ -264,7 +272,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             if self.world > 1:
-                shard.sum_gradients(params)
+                shard.sum_gradients(params, shard.factor(self.accelerator))
             if self.plan.clip is not None:
                 self.scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(params, self.plan.clip)
@@ -277,7 +285,9 @@ class _Run:
                 self.emas[player].update(self.nets.find(player))
             if hasattr(self.method, "after"):
                 self.method.after(self.nets, player, clock)
-            self._log_turn(player, parts, clock, optimizer, began)
+            turns.append((player, parts))
+            self._log_turn(player, parts, clock, optimizer)
+        self.latest = turns
 
     def _backward(self, generators: list[Iterator[Turn]]) -> tuple[str, dict[str, Tensor]] | None:
         """Advance every micro-batch by one yield and leave the gradient of the mean over all of them in .grad.
@@ -302,29 +312,32 @@ class _Run:
             player, parts = move[0], _parts(move[1])
             turns.append((player, parts))
             if len(generators) == 1:
-                counts = {name: self._global(part.count) for name, part in parts.items()}
+                counts = dict(zip(parts, self._global([part.count for part in parts.values()]), strict=True))
                 loss = sum((_divided(part, counts[name]) for name, part in parts.items()), torch.zeros(()))
                 self.scaler.scale(loss * shard.factor(self.accelerator)).backward()
                 return player, {n: _divided(p, counts[n]).detach() for n, p in parts.items()}
             if player != turns[0][0]:
                 raise LimbeckError(f"micro-batches yielded {turns[0][0]!r} and {player!r} in one turn")
-            sums = sums or _Sums(self.nets.params(player), parts, self._global)
+            sums = sums or _Sums(lambda: self.nets.params(turns[0][0]), parts, self._global)
             sums.add(parts, lambda x: self.scaler.scale(x * shard.factor(self.accelerator)))
         if ended:
             return None
         assert sums is not None
         return turns[0][0], sums.finish()
 
-    def _global(self, count: Tensor | int) -> Tensor | int:
-        """A count over all processes, at least 1."""
+    def _global(self, counts: list[Tensor | int]) -> list[Tensor | int]:
+        """Counts over all processes, each at least 1."""
         if self.world > 1:
-            count = torch.as_tensor(
-                count,
-                device=self.accelerator.device,
-                dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
-            )
-            count = self.accelerator.reduce(count, reduction="sum")
-        return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+            counts = list(self._over_processes(counts))
+        return [c.clamp_min(1) if isinstance(c, Tensor) else max(c, 1) for c in counts]
+
+    def _over_processes(self, numbers: Sequence[Tensor | float]) -> Tensor:
+        """Sums over all processes."""
+        device = self.accelerator.device
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        mine = torch.stack([torch.as_tensor(n, dtype=kind, device=device) for n in numbers])
+        total: Tensor = self.accelerator.reduce(mine, reduction="sum")
+        return total
 
     def _optimizer(self, player: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         if player not in self.optimizers:
@@ -346,10 +359,13 @@ class _Run:
                 stack.enter_context(ema.swapped(self.nets.find(player)))
             for module in self.nets.modules.values():
                 module.eval()
-            with torch.random.fork_rng():  # looking must not change what follows
-                metrics = self.validate(self.nets)
+            before = _rng()
+            metrics = shard.first(self.validate(self.nets))
+            _set_rng(before)  # looking must not change what follows
+            if self.plan.select and self.plan.select not in metrics:
+                raise BadInput(f"validation gives no {self.plan.select!r} to select by{nearest(self.plan.select, metrics)}")
             score = metrics.get(self.plan.select, math.nan) * (1 if self.plan.maximise else -1)
-            if self.plan.select and not math.isnan(score) and (self.best is None or score > self.best[0]):
+            if not math.isnan(score) and (self.best is None or score > self.best[0]):
                 weights = {
                     player: {k: v.detach().cpu().clone() for k, v in shard.full(self.nets.find(player)).items()}
                     for player in self.optimizers
@@ -359,33 +375,43 @@ class _Run:
         self.fitted.validations.append((stage, t, metrics))
         self._write({"t": t, "stage": stage, "validation": metrics})
 
-    def _log_turn(
-        self, player: str, parts: dict[str, Tensor], clock: Clock, optimizer: torch.optim.Optimizer, began: float
-    ) -> None:
+    def _log_turn(self, player: str, parts: dict[str, Tensor], clock: Clock, optimizer: torch.optim.Optimizer) -> None:
         every = self.plan.log_every
         if not (clock.t == 0 or clock.t == clock.steps - 1 or (every and clock.t % every == 0)):
             return  # reading a loss waits for the device: only when it is wanted
-        values = {name: float(value) for name, value in parts.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise LimbeckError(
-                    f"part {name!r} of {player!r} became {value} at step {clock.t}; "
-                    "lower its learning rate or weight, clip gradients, or train in fp32"
-                )
+        values = self._values(player, parts, clock.t)
         self.fitted.turns.append((clock.stage, clock.t, player, values))
         line = {"t": clock.t, "stage": clock.stage, "player": player, "loss": sum(values.values()), "parts": values}
         self._write(
             {**line, "lr": optimizer.param_groups[0]["lr"], "seconds": round(self._elapsed(), 3), "steps": clock.steps}
         )
 
+    def _values(self, player: str, parts: dict[str, Tensor], t: int) -> dict[str, float]:
+        """The parts as numbers, summed over processes. Raises LimbeckError when one is not finite."""
+        values = [float(part) for part in parts.values()]
+        if self.world > 1:  # each process has its own elements, divided by the count of all
+            values = self._over_processes(values).tolist()
+        for name, value in zip(parts, values, strict=True):
+            if not math.isfinite(value):
+                raise LimbeckError(
+                    f"part {name!r} of {player!r} became {value} at step {t}; "
+                    "lower its learning rate or weight, clip gradients, or train in fp32"
+                )
+        return dict(zip(parts, values, strict=True))
+
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:
             return
         if self.log is not None:
-            self.log.write(json.dumps(line) + "\n")
-            self.log.flush()
-        if self.accelerator.trackers and "parts" in line:
-            self.accelerator.log({f"{line['player']}/{k}": v for k, v in line["parts"].items()}, step=self.done)
+            try:
+                self.log.write(json.dumps(line).encode() + b"\n")
+            except OSError as error:
+                where = f"could not write {self.log.name}: {error.strerror}"
+                raise LimbeckError(f"{where}; earlier checkpoints are intact") from error
+        if self.accelerator.trackers:
+            root = line.get("player", "validation")
+            values = line["parts"] | {"lr": line["lr"]} if "parts" in line else line["validation"]
+            self.accelerator.log({f"{root}/{name}": value for name, value in values.items()}, step=self.done)
         if self.on_event is not None:
             self.on_event(line)
 
@@ -394,17 +420,20 @@ class _Run:
             return nullcontext()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
-        if state is not None and path.exists():
+        if state is None:
+            for old in (self.folder / "checkpoints").glob("step-*"):
+                shutil.rmtree(old)  # a new run must never go on from the state of an old one
+        elif path.exists():
             with path.open("r+b") as file:  # what was logged after the checkpoint will be logged again
                 file.truncate(min(state["log"], path.stat().st_size))
-        return path.open("a" if state is not None else "w")
+        return path.open("ab" if state is not None else "wb", buffering=0)  # nothing is left to fail in closing
 
     def _elapsed(self) -> float:
         return self.before + time.monotonic() - self.began
 
     def _time_used(self) -> float:
-        """Share of the time limit of the run that is used up."""
-        return self._elapsed() / 60 / self.plan.max_minutes if self.plan.max_minutes else 0.0
+        """Share of the time limit of the run that is used up, by the first process's watch."""
+        return shard.first(self._elapsed()) / 60 / self.plan.max_minutes if self.plan.max_minutes else 0.0
 
     def _late(self) -> float:
         """Share of the stage's part of the time limit that is used up."""
@@ -472,20 +501,21 @@ class _Run:
                 old = signal.signal(number, note)
             except ValueError:  # not in the main thread: its owner deals with signals
                 break
-            stack.callback(signal.signal, number, old)
+            stack.callback(signal.signal, number, signal.SIG_DFL if old is None else old)
         return stack
 
     def _stop_asked(self, t: int) -> bool:
         if self.world > 1:
             if t % max(1, self.plan.log_every):
                 return False  # processes agree only now and then: it costs a collective
-            asked = torch.tensor(float(self.signal), device=self.accelerator.device)
-            return bool(self.accelerator.reduce(asked, reduction="sum"))
+            return bool(self._over_processes([self.signal]))
         return bool(self.signal)
 
     def _save(self, stage: int, t: int) -> Path | None:
         if self.folder is None:
             return None
+        for player, parts in self.latest:
+            self._values(player, parts, t - 1)  # a checkpoint of a run that is lost would replace one that is not
         nets = self.nets
         whole = [
             n for n in nets.modules if self.initial.get(n) != _mark(nets.modules[n])
@@ -501,7 +531,7 @@ class _Run:
             "nets": {n: shard.full(nets.modules[n]) for n in whole},
             "frozen": {n: p for n, p in self.prints.items() if n not in whole},
             "optimizers": {p: shard.full_optimizer(o) for p, o in self.optimizers.items()},
-            "emas": {p: e.shadow for p, e in self.emas.items()},
+            "emas": {p: shard.whole(e.shadow) for p, e in self.emas.items()},
             "best": self.best,
             "data": {name: pool.state_dict() for name, pool in self.pools.items() if hasattr(pool, "state_dict")},
             "rng": shard.gather_objects(_rng()),
@@ -522,15 +552,23 @@ class _Run:
         for name, print_ in state["frozen"].items():
             if self.prints.get(name) != print_:
                 raise BadCheckpoint(f"the checkpoint was made with another {name!r} network than the one given now")
-        shard.prepare(nets, self.accelerator, self.prepared)
+        shard.prepare(nets, self.accelerator, self.plain)
         for name, weights in state["nets"].items():
             if name not in nets:
                 raise BadCheckpoint(f"the checkpoint holds a network {name!r} that this method does not have")
-            shard.load(nets.modules[name], weights)
+            try:
+                shard.load(nets.modules[name], weights)
+            except RuntimeError as error:
+                problem = str(error).splitlines()[-1].strip()
+                raise BadCheckpoint(f"the checkpoint was made with another {name!r} network: {problem}") from error
         for player, saved in state["optimizers"].items():
+            groups = self._optimizer(player, nets.params(player)).state_dict()["param_groups"]
+            if [g.keys() for g in saved["param_groups"]] != [g.keys() for g in groups]:
+                raise BadCheckpoint(f"the checkpoint was made with another optimizer of {player!r}")
             shard.load_optimizer(self._optimizer(player, nets.params(player)), saved)
         for player, shadow in state["emas"].items():
             self.emas[player] = Ema(nets.find(player), self.plan.ema or 0.0)
+            shadow = shard.share(shadow, nets.find(player))
             self.emas[player].shadow = shadow
         self.best = state["best"]
         for name, position in state["data"].items():
@@ -560,48 +598,58 @@ class _Sums:
 
     def __init__(
         self,
-        params: list[nn.Parameter],
+        params: Callable[[], list[nn.Parameter]],
         parts: Mapping[str, Part],
-        over_processes: Callable[[Tensor | int], Tensor | int],
+        over_processes: Callable[[list[Tensor | int]], list[Tensor | int]],
     ) -> None:
+        # to be asked for after a backward pass: FSDP shows others, without gradients, between forward and backward
         self.params, self.over_processes = params, over_processes
         groups: dict[Any, list[str]] = {}
         for name, part in parts.items():
-            groups.setdefault(part.key, []).append(name)
+            groups.setdefault(name if part.key is None else (part.key,), []).append(name)
         self.groups = list(groups.values())
         # sums stay in fp16's range; every process divides by the same, for FSDP mixes their gradients in backward
-        self.references = [over_processes(parts[names[0]].count) for names in self.groups]
-        self.grads: list[list[Tensor | None]] = [[None] * len(params) for _ in self.groups]
+        self.references = over_processes([parts[names[0]].count for names in self.groups])
+        self.grads: list[dict[int, Tensor]] = [{} for _ in self.groups]
         self.counts: list[list[Tensor | int]] = [[] for _ in self.groups]
         self.totals: dict[str, Tensor] = {}
 
     def add(self, parts: Mapping[str, Part], scale: Callable[[Tensor], Tensor]) -> None:
         """Backward of one micro-batch."""
+        known = {n for names in self.groups for n in names}
+        if parts.keys() != known:
+            raise LimbeckError(f"the micro-batches of one step have different parts: {sorted(parts.keys() ^ known)}")
         for g, names in enumerate(self.groups):
+            if len({c for n in names if isinstance(c := parts[n].count, int)}) > 1:
+                raise LimbeckError(
+                    f"parts {', '.join(names)} count alike in one micro-batch and not in the next: leave elements out "
+                    "by a mask, not by indexing"
+                )
             total = sum((parts[n].weight * parts[n].total for n in names), torch.zeros(())) / self.references[g]
-            scale(total).backward(retain_graph=g + 1 < len(self.groups))
+            if total.requires_grad or len(self.groups) == 1:  # what is constant is only logged
+                scale(total).backward(retain_graph=g + 1 < len(self.groups))
             self.counts[g].append(parts[names[0]].count)
             for n in names:
                 now = (parts[n].weight * parts[n].total).detach()
                 self.totals[n] = self.totals[n] + now if n in self.totals else now
             if len(self.groups) > 1:
-                for i, p in enumerate(self.params):
+                for i, p in enumerate(self.params()):
                     if p.grad is not None:
-                        held = self.grads[g][i]
-                        self.grads[g][i] = p.grad if held is None else held + p.grad
+                        self.grads[g][i] = self.grads[g][i] + p.grad if i in self.grads[g] else p.grad
                         p.grad = None
 
     def finish(self) -> dict[str, Tensor]:
         """Leave the gradient of the mean in .grad; the means of the parts are returned."""
-        counts = [self.over_processes(sum(c)) for c in self.counts]
-        for i, p in enumerate(self.params):
+        counts = self.over_processes([sum(c) for c in self.counts])
+        for i, p in enumerate(self.params()):
             if len(self.groups) == 1:
                 if p.grad is not None:
-                    p.grad *= self.references[0] / counts[0]
+                    p.grad *= self.references[0]  # the ratio of two whole numbers would be taken in fp32
+                    p.grad /= counts[0]
                 continue
-            held = [(grads[i], r / n) for grads, r, n in zip(self.grads, self.references, counts, strict=True)]
-            pieces = [grad * factor for grad, factor in held if grad is not None]
-            p.grad = torch.stack(pieces).sum(0) if pieces else None
+            held = zip(self.grads, self.references, counts, strict=True)
+            pieces = [grads[i] * r / n for grads, r, n in held if i in grads]
+            p.grad = sum(pieces[1:], pieces[0]) if pieces else None
         return {n: self.totals[n] / counts[g] for g, names in enumerate(self.groups) for n in names}
 
 

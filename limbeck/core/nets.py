@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput, nearest
-from limbeck.core.taps import Taps
+from limbeck.core.taps import Taps, unwrap
 
 Batch = dict[str, Any]
 
@@ -20,12 +20,13 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     A tensor is taken as logits, a mapping as named tensors. A module that lists `reads = ("inputs", "edges")` gets
     those entries of the batch; a transformers model gets its main input and the attention mask; others get `inputs`.
     """
-    reads = getattr(module, "reads", None)
-    config = getattr(module, "config", None)
+    inner: Any = unwrap(module)
+    reads = getattr(inner, "reads", None)
+    config = getattr(inner, "config", None)
     if reads is not None:
         out = module(*[batch[name] for name in reads])
-    elif config is not None and hasattr(module, "main_input_name"):
-        asked = {str(module.main_input_name): batch["inputs"], "output_hidden_states": True}
+    elif config is not None and hasattr(inner, "main_input_name"):
+        asked = {str(inner.main_input_name): batch["inputs"], "output_hidden_states": True}
         if "attention_mask" in batch:
             asked["attention_mask"] = batch["attention_mask"]
         out = module(**asked)
@@ -41,7 +42,7 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if hasattr(out, "logits"):
         return {"logits": out.logits}
     raise BadInput(
-        f"{type(module).__name__} returns {type(out).__name__}; a network must return a tensor of logits or a dict of "
+        f"{type(inner).__name__} returns {type(out).__name__}; a network must return a tensor of logits or a dict of "
         "named tensors such as {'logits': ..., 'feats': [...]}"
     )
 

@@ -23,7 +23,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def find_layer(module: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path. Raises BadInput naming the nearest paths, or the model's layers."""
-    layers = dict(unwrap(module).named_modules())
+    layers: dict[str, nn.Module] = dict(unwrap(module).named_modules())
     if path and path in layers:
         return layers[path]
     paths = [p for p in layers if p]

@@ -3,19 +3,21 @@
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.adapters.files import load as load_data
-from limbeck.core import find, knobs
+from limbeck.core import knobs
 from limbeck.core.batches import Splits, Table, split
 from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
+from limbeck.verbs.check import check_names, rehearse
 from limbeck.verbs.setting import Event, Setting, batches_of, load_weights, make_plan, save_network
 from limbeck.zoo import nets as zoo
 
@@ -31,51 +33,41 @@ def setting(
     splits: Splits | None = None,
     networks: Mapping[str, Any] | None = None,
 ) -> Setting:
-    """Everything that an arm needs. Names and knobs are checked here, before anything is written."""
-    check_names(recipe)
+    """Everything that an arm needs. What can be checked is checked here, before anything is written or trained.
+
+    networks: role -> a network given as an object instead of by the recipe.
+    """
+    given = {role: net for role, net in (networks or {}).items() if not isinstance(net, (str, Mapping, type(None)))}
+    check_names(recipe, given)
     if splits is None:
         if recipe.data is None:
-            raise BadInput(f"the recipe {recipe.name!r} names no data")
-        splits = load_splits(recipe.data.name, recipe.data.options)
+            raise BadInput(f"{recipe.at('do')}the recipe {recipe.name!r} names no data")
+        with recipe.blamed("data"):
+            splits = load_splits(recipe.data.name, recipe.data.options)
     made = Setting(recipe, splits, {}, folder, on_event=on_event, resume=resume)
-    given = dict(networks or {})
-    roles: dict[str, Any] = {"teacher": recipe.teacher, "student": recipe.student, **recipe.nets}
-    for role, spec in roles.items():
-        thing = given.get(role)
-        if thing is not None and not isinstance(thing, (str, Mapping)):
-            made.builders[role] = _builder(thing)
-        elif isinstance(spec, list):
-            made.builders[role] = _many(spec, splits.train, folder)
-        elif spec is not None:
-            made.builders[role] = _from_spec(spec, splits.train, folder)
-            made.blank[role] = _from_spec(spec.model_copy(update={"weights": None}), splits.train, folder)
-            made.taps[role] = spec.taps
+    roles: dict[tuple[str, ...], Any] = {("teacher",): recipe.teacher, ("student",): recipe.student}
+    roles |= {("nets", role): spec for role, spec in recipe.nets.items()}
     if recipe.do == "condense":
-        judge = given.get("judge")
-        plain = judge is None or isinstance(judge, (str, Mapping))
-        made.builders["judge"] = _from_spec(recipe.judge.net, splits.train, folder) if plain else _builder(judge)
+        roles["judge", "net"] = recipe.judge.net
+    for role, thing in given.items():
+        made.builders[role] = _builder(thing, role)
+    for path, spec in roles.items():
+        role = "judge" if path[0] == "judge" else path[-1]
+        if role in given or spec is None:
+            continue
+        made.builders[role] = _from_spec(made, path, spec)
+        if not isinstance(spec, list):
+            made.blank[role] = _from_spec(made, path, spec.model_copy(update={"weights": None}))
+            if role != "judge":
+                made.taps[role] = spec.taps
     if "teacher" in made.builders:
-        made.teacher = _teacher(made, recipe)
+        torch.manual_seed(0)  # of a teacher that is trained first
+        made.teacher = made.build("teacher").eval().requires_grad_(False)
+    if not resume:
+        rehearse(made)
+    if made.teacher is not None and "teacher" not in given:
+        _trained(made, made.teacher)
     return made
-
-
-def check_names(recipe: Recipe) -> None:
-    """Raise BadInput for a method, loss, measure, knob, optimiser or schedule that does not exist."""
-    from limbeck.core import optim, schedule
-    from limbeck.core.match import parse
-
-    for m in recipe.match:
-        parse(m)
-    if recipe.method is not None:
-        name, given = knobs.split(recipe.method)
-        knobs.check(name, find.get(name), given)
-    for spec in recipe.measure:
-        name, given = knobs.split(spec, "measure")
-        if name not in ("latency", "size", "parameters"):
-            knobs.check(name, find.get(name), given)
-    for choice in (recipe.train.optimizer, *recipe.train.optimizers.values()):
-        optim.check(choice)
-    schedule.rate(recipe.train.schedule, 0.0)
 
 
 def load_splits(name: str, options: Mapping[str, Any]) -> Splits:
@@ -86,24 +78,57 @@ def load_splits(name: str, options: Mapping[str, Any]) -> Splits:
 def as_splits(data: Any, recipe: Recipe) -> Splits | None:
     """Data given as objects: Splits, a Table, (inputs, labels) tensors or arrays, or a map-style dataset."""
     if isinstance(data, Splits):
+        for table in (data.train, data.test):
+            table.check()
         return data
     if data is None or isinstance(data, (str, Mapping, Path)):
         return None
     if isinstance(data, Table):
-        return split(data)
+        return split(data.check())
     if isinstance(data, tuple) and len(data) == 2:
-        inputs, labels = (torch.as_tensor(d) for d in data)
-    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        rows = [data[i] for i in range(len(data))]
-        inputs = torch.stack([torch.as_tensor(r[0]) for r in rows])
-        labels = torch.as_tensor([int(r[1]) for r in rows])
+        inputs, labels = (_tensor(d) for d in data)
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, torch.Tensor):
+        inputs, labels = _columns(data)
     else:
         kinds = "a name, a path, Splits, a Table, (inputs, labels) or a dataset"
         raise BadInput(f"data must be {kinds}, got {type(data).__name__}")
-    kind: Any = {4: "images", 2: "vectors"}.get(inputs.ndim, "vectors")
+    kind: Any = "images" if inputs.ndim == 4 else "vectors"
     if not inputs.is_floating_point() and inputs.ndim == 2:
         kind = "tokens"
-    return split(Table({"inputs": inputs, "labels": labels}, kind=kind))
+    elif inputs.dtype == torch.uint8:
+        inputs = inputs.float() / 255
+    else:
+        inputs = inputs.to(torch.get_default_dtype())
+    if not labels.is_floating_point():
+        labels = labels.long()
+    return split(Table({"inputs": inputs, "labels": labels}, kind=kind).check())
+
+
+def _tensor(values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"data of type {type(values).__name__} cannot become a tensor: {error}") from error
+
+
+def _columns(data: Any) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of a data set of (inputs, label) pairs, or of rows with columns of these names."""
+    rows = [data[i] for i in range(len(data))]
+    if not rows:
+        raise BadInput("the data set is empty: it has 0 examples")
+    if isinstance(rows[0], Mapping):
+        if not {"inputs", "labels"} <= set(rows[0]):
+            raise BadInput(f"a row of the data set needs `inputs` and `labels`, found {', '.join(map(str, rows[0]))}")
+        pairs = [(r["inputs"], r["labels"]) for r in rows]
+    elif isinstance(rows[0], (tuple, list)) and len(rows[0]) == 2:
+        pairs = [(r[0], r[1]) for r in rows]
+    else:
+        raise BadInput(f"a data set gives (inputs, label) pairs, got {type(rows[0]).__name__}")
+    inputs, labels = [_tensor(x) for x, _ in pairs], [_tensor(y) for _, y in pairs]
+    for name, column in (("inputs", inputs), ("labels", labels)):
+        if len({c.shape for c in column}) > 1:
+            raise BadInput(f"the {name} of the data set differ in shape: {[tuple(c.shape) for c in column[:3]]} ...")
+    return torch.stack(inputs), torch.stack(labels)
 
 
 def spec_of(thing: Any) -> Any:
@@ -129,37 +154,53 @@ def network(spec: Net, table: Table, folder: Path) -> nn.Module:
     """A network from its spec, with its weights if it names some."""
     body = {"net": spec.net, **spec.options}
     module: nn.Module = zoo.build(body, **describe(table))
-    if spec.weights is not None:
+    if spec.weights not in (None, "random"):
         load_weights(module, spec.weights, (folder, folder.parent, WEIGHTS, WEIGHTS.parent))
     # faster for convolutions on CPUs and GPUs alike; what is saved is contiguous again
     return module.to(memory_format=torch.channels_last) if table.kind == "images" else module  # type: ignore[call-overload]
 
 
-def _builder(thing: Any) -> Callable[[], nn.Module]:
+def _builder(thing: Any, role: str) -> Callable[[], nn.Module]:
     if isinstance(thing, nn.Module):
         return lambda: copy.deepcopy(thing)
     if not callable(thing):
         raise BadInput(f"a network is an nn.Module, a function that makes one, or a spec; got {type(thing).__name__}")
-    made: Callable[[], nn.Module] = thing
-    return made
+
+    def make() -> nn.Module:
+        made = thing()
+        if not isinstance(made, nn.Module):
+            raise BadInput(f"the function for the {role} made a {type(made).__name__}, not an nn.Module")
+        return made
+
+    return make
 
 
-def _from_spec(spec: Net, table: Table, folder: Path) -> Callable[[], nn.Module]:
-    return lambda: network(spec, table, folder)
+def _from_spec(made: Setting, path: tuple[str, ...], spec: Net | list[Net]) -> Callable[[], nn.Module]:
+    """Makes one network, or a list of them; what is wrong is put down to the recipe's key."""
+
+    def make() -> nn.Module:
+        with made.recipe.blamed(*path):
+            if isinstance(spec, list):
+                return nn.ModuleList([network(s, made.splits.train, made.folder) for s in spec])
+            return network(spec, made.splits.train, made.folder)
+
+    return make
 
 
-def _many(specs: list[Net], table: Table, folder: Path) -> Callable[[], nn.Module]:
-    return lambda: nn.ModuleList([network(s, table, folder) for s in specs])
-
-
-def _teacher(made: Setting, recipe: Recipe) -> nn.Module:
-    """The teacher, frozen; trained first (once, and kept beside the runs) when the recipe says how."""
-    torch.manual_seed(0)  # of a teacher that is trained first
-    module = made.build("teacher")
-    spec = recipe.teacher
-    if spec is not None and spec.weights is None and spec.train is not None:
+def _trained(made: Setting, module: nn.Module) -> None:
+    """Train a teacher that has no weights, once, when the recipe says how; refuse one that knows nothing."""
+    recipe, spec = made.recipe, made.recipe.teacher
+    if spec is None or spec.weights is not None:
+        return
+    if spec.train is not None:
+        module.requires_grad_(True)
         _train_first(made, module, spec)
-    return module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
+    elif spec.net in zoo.NETS:
+        raise BadInput(
+            f"{recipe.at('teacher')}{spec.net} would teach with random weights; give it `weights`, or `train` to train "
+            "it first, or say `weights: random`"
+        )
 
 
 def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
@@ -178,11 +219,13 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     if made.on_event is not None:
         made.on_event({"arm": "teacher", "seed": 0, "label": f"training the teacher {spec.net}"})
     changed = recipe.with_changes({"data": data}) if data else recipe
-    batches = batches_of(changed, splits.train, 0, train=spec.train)
+    with recipe.blamed("teacher", "train"):
+        batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"
     method = knobs.make(name, {"match": ("ce",)} if name == "distill" else {})
     from limbeck.core.loop import fit
 
-    nets = Nets(student=module)
-    fit(method, nets, batches, make_plan(spec.train, batches.steps_per_epoch, 0), on_event=made.on_event)
+    nets, plan = Nets(student=module), make_plan(spec.train, batches.steps_per_epoch, 0)
+    fit(method, nets, batches, plan, folder=place, resume=True, on_event=made.on_event)  # goes on after an interruption
     save_network(module, place, spec)
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from limbeck.core import find, knobs
@@ -17,7 +17,7 @@ from limbeck.core.nets import Nets
 from limbeck.core.synset import SynSet
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
-from limbeck.verbs.setting import Outcome, Setting, batches_of
+from limbeck.verbs.setting import Outcome, Setting, batches_of, save_tensors
 
 CONTROL = "random_subset"
 
@@ -60,7 +60,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
         inputs, labels, seconds = _made(setting, seed, folder)
     if arm != "whole":
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, folder / "set.safetensors")
+        save_tensors({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, folder / "set.safetensors")
     scores = _judge(setting, inputs, labels, seed)
     size = inputs.numel() * inputs.element_size() + labels.numel() * (labels.element_size() if labels.ndim > 1 else 1)
     outcome = Outcome(label(recipe, arm), scores, bytes=size, seconds=seconds, sizes={"images": len(inputs)})

@@ -11,6 +11,7 @@ from limbeck.recipe import dump
 from limbeck.report.statistics import Gain
 from limbeck.verbs.result import Result
 from limbeck.verbs.setting import (
+    WEIGHTS,
     Setting,
     batches_of,
     captured,
@@ -18,11 +19,15 @@ from limbeck.verbs.setting import (
     default_measures,
     judge,
     learner_of,
+    load_weights,
     method_of,
     one,
     save_network,
     validator,
 )
+
+
+FIGURES = ("parameters", "bytes", "latency_ms")  # in metrics.json beside what was measured
 
 
 def run(setting: Setting) -> Result:
@@ -42,6 +47,11 @@ def run(setting: Setting) -> Result:
     role = "student" if recipe.do == "train" or "student" in setting.builders else "teacher"
     seed = recipe.seeds[0]
     torch.manual_seed(seed)
+    if recipe.do == "train" and setting.resume and (folder / "metrics.json").exists():  # a stage that is done
+        module = setting.build(role)
+        load_weights(module, str(folder / WEIGHTS), ())
+        metrics = {k: v for k, v in json.loads((folder / "metrics.json").read_text()).items() if k not in FIGURES}
+        return Result(module, metrics, {}, nothing, f"trained {role}, as it was found in {folder}", folder)
     if recipe.do == "train":
         told = recipe.method or "match" in recipe.model_fields_set
         changed = recipe if told else recipe.with_changes({"match": ["ce"]})
@@ -54,10 +64,11 @@ def run(setting: Setting) -> Result:
             validate = None
         setting.fit(method, nets, recipe.train, batches, seed=seed, folder=folder, validate=validate)
         module = nets.find(learner)
-        save_network(module, folder, recipe.student)
+        save_network(module, folder, setting.spec("student"))
     else:
         module = setting.build(role)
     if hasattr(module, "schedule"):  # a denoiser is judged by what it samples: `do: shorten`
+        (folder / "metrics.json").write_text("{}")
         return Result(module, {}, {}, nothing, f"trained {role} in {time.monotonic() - began:.0f} s", folder)
     metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
     figures = cost(module, one(setting.splits.test))

@@ -3,8 +3,10 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ from torch import Tensor, nn
 from limbeck.core import find, knobs
 from limbeck.core.batches import Batches, Splits, Table
 from limbeck.core.checkpoint import fingerprint
-from limbeck.core.errors import BadInput, LimbeckError, nearest
+from limbeck.core.errors import BadInput, LimbeckError, MissingExtra, nearest
 from limbeck.core.evaluate import logits as predict
 from limbeck.core.loop import Fitted, Method, Plan, fit
 from limbeck.core.nets import Nets
+from limbeck.core.sampler import Denoiser
 from limbeck.core.store import Store, StoredBatches, StoreInfo, capture, data_fingerprint
 from limbeck.core.taps import Taps, unwrap
 from limbeck.recipe import Net, Recipe, Spec, Train
 from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
+from limbeck.verbs.figures import COSTS, measure_of
 
-COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
+TRACKERS = ("tensorboard",)
 WEIGHTS = "weights.safetensors"
 CURVE = 512  # validation examples for the curve in the report, when nothing is selected by it
 
@@ -99,6 +103,11 @@ class Setting:
             raise BadInput(f"the recipe {self.recipe.name!r} names no {role}{nearest(role, self.builders)}")
         return self.builders[role]()
 
+    def spec(self, role: str) -> Net | None:
+        """How the recipe builds a role's network; None for one that was given as an object."""
+        known: dict[str, Any] = {"teacher": self.recipe.teacher, "student": self.recipe.student}
+        return known.get(role) if role in self.blank else None
+
     def nets(self, recipe: Recipe, method: Method, *, teacher: bool = True) -> Nets:
         """The networks that a method trains or asks, under their roles."""
         nets = Nets()
@@ -115,7 +124,8 @@ class Setting:
                 setattr(nets, role, self.build(role))
         for role, paths in self.taps.items():
             if role in nets and paths:
-                nets.taps[role] = Taps(nets.find(role), paths)
+                with recipe.blamed(*(() if role in ("teacher", "student") else ("nets",)), role, "taps"):
+                    nets.taps[role] = Taps(nets.find(role), paths)
         return nets
 
     def pools(self, recipe: Recipe, method: Method, seed: int) -> Any:
@@ -147,7 +157,37 @@ class Setting:
         per_epoch = getattr(first, "steps_per_epoch", None)
         plan = make_plan(train, per_epoch, seed)
         resume = self.resume and any((folder / "checkpoints").glob("step-*"))
-        return fit(method, nets, batches, plan, validate=validate, folder=folder, resume=resume, on_event=self.on_event)
+        with tracking(train.track, folder) as accelerator:
+            return fit(
+                method,
+                nets,
+                batches,
+                plan,
+                validate=validate,
+                folder=folder,
+                resume=resume,
+                on_event=self.on_event,
+                accelerator=accelerator,
+            )
+
+
+@contextmanager
+def tracking(track: str, folder: Path) -> Iterator[Any]:
+    """An accelerator that also logs to a tracker, into a folder of its name inside `folder`; '' is none."""
+    from accelerate import Accelerator
+
+    if track and track not in TRACKERS:
+        raise BadInput(f"no tracker {track!r}{nearest(track, TRACKERS)}")
+    if track and find_spec(track) is None:
+        raise MissingExtra(track, "track")
+    accelerator = Accelerator(log_with=track or None, project_dir=folder)
+    if track:
+        accelerator.init_trackers(track)
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:  # not `end_training`: it would end the processes' group, too
+            tracker.finish()
 
 
 def learner_of(method: Any) -> str:
@@ -237,7 +277,7 @@ def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
     """What to measure when the recipe does not say."""
     if recipe.measure:
         return list(recipe.measure)
-    return ["accuracy"] if table.num_classes else ["nll"]
+    return ["accuracy"] if table.num_classes else ["calibration"]
 
 
 def judge(
@@ -277,8 +317,8 @@ def validator(table: Table, train: Train, learner: str, metric: str) -> Callable
     if not len(table):
         return None
     part = table if train.select else table.select(torch.arange(min(CURVE, len(table))))
-    name = "accuracy" if table.num_classes else "nll"
-    return lambda nets: judge(nets.find(learner), part, [train.select or metric or name])
+    measure = measure_of(train.select or metric or ("accuracy" if table.num_classes else "nll"))
+    return lambda nets: judge(nets.find(learner), part, [measure], nets.modules.get("teacher"))
 
 
 @torch.no_grad()
@@ -308,20 +348,29 @@ def one(table: Table) -> dict[str, Any]:
 
 # ---- networks on disk ------------------------------------------------------------------------------------------------
 def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
-    """weights.safetensors, and net.json when the recipe says how to build the network."""
+    """weights.safetensors, and how to build the network: net.json by a recipe's spec, config.json by transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {}
     for key, value in unwrap(module).state_dict().items():
         state[key] = value.detach().cpu().contiguous().clone()
-    try:
-        save_file(state, folder / ".weights")
-        (folder / ".weights").rename(folder / WEIGHTS)
-    except OSError as error:
-        (folder / ".weights").unlink(missing_ok=True)
-        raise LimbeckError(f"could not save the network in {folder}: {error.strerror}") from error
+    save_tensors(state, folder / WEIGHTS)
     if spec is not None:
         body = {"net": spec.net, **spec.options}
+        if isinstance(module, Denoiser):  # methods may change how it is read: schedule, boundary, solver
+            body["denoiser"] = module.spec()
         (folder / "net.json").write_text(json.dumps(body))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
+    draft = path.with_name(f".{path.name}")
+    try:
+        save_file(tensors, draft)
+        draft.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        draft.unlink(missing_ok=True)
+        reason = "the disk is full" if "space left" in str(error) else str(error)
+        raise LimbeckError(f"could not save {path}: {reason}") from error
 
 
 def load_weights(module: nn.Module, source: str, roots: Iterable[Path]) -> None:

@@ -65,11 +65,12 @@ def shaped(setting: Setting, *, blank: bool = False) -> nn.Module:
     if setting.teacher is None:
         raise BadInput("shaping starts from a teacher, and the recipe names none")
     given = knobs.check(name, method, given)
+    train = setting.splits.train
     source, module = setting.teacher, nn.Module()
     if blank and "teacher" in setting.blank:
         source = setting.blank["teacher"]()
     if "batches" in (*find.needs(method), *find.wants(method)):
-        module = method(source, list(epoch(setting.splits.train.select(range(256)), 64)), **given)
+        module = method(source, list(epoch(train.select(range(min(256, len(train)))), 64)), **given)
     else:
         module = method(source, **given)
     if blank and "teacher" not in setting.blank:

@@ -66,7 +66,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
             method, nets, recipe.train, batches_of(recipe, setting.splits.train, seed), seed=seed, folder=folder
         )
         module, seconds = nets.student, fitted.seconds
-        save_network(module, folder, recipe.student or recipe.teacher)
+        save_network(module, folder, setting.spec("student" if "student" in setting.builders else "teacher"))
     test = setting.splits.test
     samples = draw(module, test, steps, seed)
     if seed == recipe.seeds[0]:

@@ -77,7 +77,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         for taps in nets.taps.values():
             taps.remove()
         module, seconds = nets.find(learner), fitted.seconds
-        save_network(module, folder, recipe.student)
+        save_network(module, folder, setting.spec("student"))
     metrics = judge(module, setting.splits.test, measures, setting.teacher)
     figures = cost(module, one(setting.splits.test))
     return outcome_of(label(recipe, arm), metrics, figures, seconds), module

@@ -1,5 +1,7 @@
 """Judging networks and training sets: what is counted, what is kept equal, what is left alone."""
 
+from itertools import pairwise
+
 import torch
 from pytest import approx, mark, raises
 from torch import nn
@@ -115,7 +117,7 @@ def test_the_rate_falls_as_the_budget_says():
     net.register_forward_pre_hook(lambda m, _: moves.append(m.weight.detach().clone()))
     one = small["inputs"][:1].expand(12, 2).clone()
     train(net, one, torch.zeros(12, dtype=torch.long), budget)
-    steps = [(b - a).norm().item() for a, b in zip(moves, moves[1:], strict=False)]
+    steps = [(b - a).norm().item() for a, b in pairwise(moves)]
     assert len(moves) == 8 and steps[4] < 0.3 * steps[3]  # the gradient changes slowly, the rate at once
 
 

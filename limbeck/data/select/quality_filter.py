@@ -18,7 +18,6 @@ Row = dict[str, Any]
     differs="words are what white space separates, where the code takes a tokenizer of the language, and one without a "
     "letter or digit counts as punctuation. Of the row this is the block of quality rules only: no classifiers, no "
     "perplexity, no removal of duplicates",
-    row="cci4",
 )
 def quality_filter(
     rows: Iterable[Row],

@@ -12,7 +12,6 @@ from limbeck.core.maths import upcast
     year=2015,
     arxiv="1512.00567",
     differs="without smoothing it is the label term of every recipe, older than this paper",
-    row="kd",
 )
 def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """-sum_c q_c log softmax(student)_c, q = (1 - e) onehot(label) + e / C.  [..., C], [...] -> [...]

@@ -13,7 +13,6 @@ from limbeck.core.card import method, require
     code="jongwooko/distillm@d47e77f:distillm/losses.py",
     differs="the word-level term of the row only, no beam-searched sequences; divergence, not cross-entropy: less the "
     "teacher's entropy, a constant without gradient",
-    row="seqkd",
     variant_of="kd",
     zero_at_match=True,
 )

@@ -12,7 +12,6 @@ from limbeck.core.card import method, require
     arxiv="2306.08543",
     code="jongwooko/distillm@d47e77f:distillm/losses.py",
     differs="the token-level divergence of the row only: exact over the vocabulary, no policy gradient and no sampling",
-    row="mini_llm",
     zero_at_match=True,
 )
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -10,7 +10,6 @@ from limbeck.core.card import method, require
     year=2014,
     arxiv="1409.0575",
     differs="share of hits instead of the error",
-    row="kd_fidelity_study",
 )
 def accuracy(student_logits: Tensor, labels: Tensor, *, top: int = 1) -> float:
     """Share of examples whose label has one of the `top` largest logits.  [..., C], [...] -> number in [0, 1]

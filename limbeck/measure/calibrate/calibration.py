@@ -12,7 +12,6 @@ from limbeck.core.card import method, require
     year=2017,
     arxiv="1706.04599",
     code="gpleiss/temperature_scaling@ce1154e:temperature_scaling.py",
-    row="kd_fidelity_study",
 )
 def calibration(student_logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, float]:
     """Calibration error and the two proper scores.  [..., C], [...] -> three numbers

@@ -22,7 +22,6 @@ FUSED = ("qkv", "in_proj", "c_attn")
     code="wkcn/TinyCLIP@ad981bf:src/open_clip/weight_inherit.py",
     differs="manual inheritance of widths only: depth is `layer_choice`, and no masks are learned. The student is the "
     "teacher made narrower, so that names match by themselves",
-    row="tinyclip",
 )
 def weight_inheritance(
     teacher: nn.Module,

@@ -18,7 +18,6 @@ from limbeck.core.taps import find_layer
     code="huggingface/transformers-research-projects@fccd0cd:distillation/scripts/extract_distilbert.py",
     differs="the student's start only. `keep_every` is the paper's 'one layer out of two' (0, 2, 4, ...); the released "
     "12-layer choice is keep=[0, 2, 4, 7, 9, 11]. Works on any network of blocks, not only BERT",
-    row="distilbert",
 )
 def layer_choice(teacher: nn.Module, *, blocks: str = "", keep: Sequence[int] = (), keep_every: int = 2) -> nn.Module:
     """A copy of the teacher that holds only the chosen blocks, with their weights.

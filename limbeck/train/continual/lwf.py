@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +68,6 @@ class LwF:
         require(self.tasks >= 1, "tasks", self.tasks, ">= 1")
         require(self.weight >= 0, "weight", self.weight, ">= 0")
         require(self.temperature > 0, "temperature", self.temperature, "> 0")
-
-    def optimizers(self) -> dict[str, dict[str, Any]]:
-        """Plain gradient descent with momentum."""
-        return {"student": {"sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}}}
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Make room for the tasks' classes."""

@@ -49,7 +49,8 @@ class FedFTG:
     *Needs*: nets.student (the server), nets.generator unless server is 0, batches with labels and with `domain`, the
     client of each example, or `index`, by which they are shared out. *Relates to*: with server 0 it is federated
     averaging, its control; use `distill` where the data may be pooled.
-    *Differs*: see the card. Rates of server and generator are not in the paper.
+    *Differs*: see the card. Rates of server and generator are not in the paper. The diversity is e to the minus of a
+    product of whole distances, so that it says nothing about any but tiny pictures.
     """
 
     clients: int = 10

@@ -1,0 +1,54 @@
+"""Which numbers a measure gives, and which measure gives a number: found by asking it about eight made-up examples."""
+
+from collections.abc import Mapping
+
+import torch
+
+from limbeck.core import find, knobs
+from limbeck.core.errors import BadInput, nearest
+from limbeck.recipe import Spec
+from limbeck.verbs.robust import SEVERITIES
+
+COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
+
+
+def figures(spec: Spec, classes: int = 2, *, teacher: bool = True) -> list[str]:
+    """The names of the numbers that a measure gives, [] when it is left out: costs, and what needs an absent teacher.
+
+    Raises BadInput for a measure that does not exist or asks for what a classifier does not give, and ValueError for a
+    knob out of its range.
+    """
+    name, given = knobs.split(spec, "measure")
+    if name in COSTS:
+        return []
+    measure = find.get(name)
+    if find.family(name) != "measure":
+        raise BadInput(f"{name!r} is a method of {find.folder(name)}, not a measure")
+    given, asks = knobs.check(name, measure, given), find.needs(measure)
+    if "teacher_logits" in asks and not teacher:
+        return []
+    labels = torch.arange(8) % classes
+    rows = torch.eye(classes)[labels]
+    have = {"student_logits": rows, "teacher_logits": rows, "labels": labels}
+    if find.folder(name) == "measure/robust":
+        have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)
+    lacking = [n for n in asks if n not in have]
+    if lacking:
+        raise BadInput(f"`{name}` asks for {', '.join(lacking)}, which no classifier gives")
+    values = measure(*[have[n] for n in asks], **given)
+    return list(values) if isinstance(values, Mapping) else [name]
+
+
+def measure_of(figure: str) -> str:
+    """The measure that gives a number: calibration for "ece". Raises BadInput with the nearest numbers."""
+    known: dict[str, str] = {}
+    for name in find.names():
+        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= {
+            "student_logits",
+            "teacher_logits",
+            "labels",
+        }:
+            known |= dict.fromkeys(figures(name), name)
+    if figure not in known:
+        raise BadInput(f"no measure gives {figure!r}{nearest(figure, known)}")
+    return known[figure]

@@ -5,6 +5,8 @@ result = limbeck.teach(teacher, student, "fashion_mnist_small", match=["ce", "kd
 print(result.gain, result.folder)
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,10 +39,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value  # a submodule of the same name (limbeck.run) must not hide it
+    value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """`limbeck.run` and `limbeck.shape` stay functions when the modules of the same name are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

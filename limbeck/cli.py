@@ -94,8 +94,9 @@ def _free(folder: Path) -> None:
     """Refuse a place for a run that is taken."""
     if (folder / "recipe.yaml").exists():
         raise BadInput(f"{folder} holds a run already; go on with --resume {folder}, or choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; --out names a folder")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise BadInput(f"{place} is a file; --out names a folder")
 
 
 @contextmanager
@@ -231,11 +232,12 @@ def verify(
 ) -> None:
     """Run a row's recipe over seeds with its control and write evidence/<key>.json."""
     from limbeck.progress import live
+    from limbeck.verbs.check import check_names
     from limbeck.verify import recipe_of
     from limbeck.verify import verify as one
 
     for name in names:
-        recipe_of(name)  # all names are checked before the first long run
+        check_names(recipe_of(name)[1])  # of all, before the first long run
     gathered = []
     for i, name in enumerate(names):
         with live(quiet=as_json) as progress:

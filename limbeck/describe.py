@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Description:
         lines = [f"{self.name}  ({self.folder})", self.idea, "", inspect.cleandoc(self.doc), ""]
         if self.asks:
             lines.append("asks for")
-            lines += [f"  {n:<18} [{names.NAMES[n][0]}]  {names.NAMES[n][1]}" for n in self.asks if n in names.NAMES]
+            lines += [f"  {n:<18} {_asked(n)}" for n in self.asks]
         if self.takes:
             lines.append("takes when at hand: " + ", ".join(self.takes))
         lines.append("knobs" if self.knobs else "knobs: none")
@@ -66,7 +67,9 @@ class Description:
             lines.append(f"numbers  {json.loads(vector.read_text()).get('source', '')}")
         for key in self.rows:
             recipe = catalogue.recipes().get(key)
-            lines.append(f"row      {key}: {catalogue.level(key)}, {catalogue.MEANING[catalogue.level(key)]}")
+            level = catalogue.level(key)
+            means = catalogue.MEANING[level].removeprefix("and ") if level != "none" else "no evidence yet"
+            lines.append(f"row      {key}: {level}, {means}")
             if recipe is not None:
                 lines.append(f"recipe   {recipe.relative_to(catalogue.home())}")
             found = catalogue.evidence(key)
@@ -95,12 +98,26 @@ def describe(name: str) -> Description:
     )
 
 
+# What a method may ask for besides tensors.
+OTHERS = {
+    "teacher": "a trained network",
+    "batches": "some batches of the training data",
+    "rows": "rows of text, as dicts",
+    "seeds": "prompts to begin with",
+}
+
+
+def _asked(name: str) -> str:
+    if name in names.NAMES:
+        shape, meaning = names.NAMES[name]
+        return f"[{shape}]  {meaning}"
+    return OTHERS.get(name, "")
+
+
 def _type(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if isinstance(annotation, type) and not hasattr(annotation, "__origin__")
-        else str(annotation)
-    )
+    if isinstance(annotation, type) and not hasattr(annotation, "__origin__"):
+        return annotation.__name__
+    return re.sub(r"\b(?:typing|collections\.abc)\.", "", str(annotation))
 
 
 def chosen(family: str, has: set[str], search: str) -> list[Description]:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput, LimbeckError, MissingExtra, nearest
 from limbeck.core.nets import outputs
-from limbeck.core.sampler import Denoiser
+from limbeck.core.sampler import Denoiser, clean_grid, sample
 from limbeck.recipe import Net, Recipe, load
 from limbeck.shape.quant.fake_quant import plain
 from limbeck.verbs import build
 from limbeck.verbs.setting import WEIGHTS, load_weights, one
 from limbeck.verbs.shape import methods as shape_methods
 from limbeck.verbs.shape import shaped
-from limbeck.verbs.shorten import Sampling
 
 
 class Logits(nn.Module):
@@ -36,6 +35,18 @@ class Logits(nn.Module):
         """[B, ...] -> [B, ..., C]"""
         logits: Tensor = outputs(self.net, {"inputs": inputs})["logits"]
         return logits
+
+
+class Samples(nn.Module):
+    """A sampler as a network, from noise to data in a fixed number of steps, for any size of batch."""
+
+    def __init__(self, net: Denoiser, steps: int) -> None:
+        super().__init__()
+        self.net, self.steps = net, steps
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Unit noise [B, ...] -> data [B, ...]"""
+        return sample(self.net, inputs, clean_grid(self.net.schedule, self.steps), self.net.solver)
 
 
 def export(run: Path, to: str, out: Path) -> Path:
@@ -147,7 +158,7 @@ def _onnx(student: _Student, out: Path) -> str:
         raise MissingExtra(error.name or "onnx", "export") from error
     net, example = student.network()
     sampler = isinstance(net, Denoiser)
-    module = Sampling(net, student.recipe().steps) if isinstance(net, Denoiser) else Logits(net)
+    module = Samples(net, student.recipe().steps) if isinstance(net, Denoiser) else Logits(net)
     small = sum(p.numel() * p.element_size() for p in net.parameters()) < 2**30  # one file may hold 2 GB
     for name in ("torch.onnx", "torch.onnx._internal.exporter"):
         logging.getLogger(name).setLevel(logging.ERROR)  # it tells of operators of libraries that are not there

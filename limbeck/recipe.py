@@ -356,6 +356,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         changed = _apply(tree, override)
         places = {p: place for p, place in places.items() if p[: len(changed)] != changed}
+        for n in range(1, len(changed)):  # what it made on the way is its too
+            places.setdefault(changed[:n], f"override {override!r}")
         places[changed] = f"override {override!r}"
     return check(tree, str(path), places)
 
@@ -387,8 +389,8 @@ def _check_stages(recipe: Recipe) -> None:
     """What stands beside `stages` would be read by none of them; their folders are called by their names."""
     if not recipe.stages:
         return
-    for key in recipe.model_fields_set:
-        if key not in BESIDE_STAGES:
+    for key in Recipe.model_fields:
+        if key in recipe.model_fields_set and key not in BESIDE_STAGES:
             raise BadInput(f"{recipe.at(key)}no stage reads what stands beside `stages`; write `{key}` into the stages")
     names: list[str] = []
     for i, stage in enumerate(recipe.stages):
@@ -446,7 +448,10 @@ def _model(path: Keys) -> type[BaseModel]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> Keys:
-    """Set one value by a path: "train.epochs=3"; a list element by number or by name. Returns the path that was set."""
+    """Set one value by a path: "train.epochs=3"; a list element by number or by name; null is the default.
+
+    Returns the path that was set.
+    """
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
         raise BadInput(f"an override is written key.key=value, got {override!r}")
@@ -462,6 +467,8 @@ def _apply(tree: dict[str, Any], override: str) -> Keys:
     elif isinstance(at, dict):
         path.append(last)
         at[last] = value
+        if value is None:  # back to the default
+            del at[last]
     else:
         raise BadInput(f"the override {override!r} goes below a plain value")
     return tuple(path)

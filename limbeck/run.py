@@ -280,6 +280,11 @@ def in_python(
 ) -> Result:
     """The common part of teach, condense, shorten and shape: a recipe for the record, and networks given as objects."""
     given = {k: v for k, v in settings.items() if v is not None}
+    for loss in given.get("match", ()):
+        if callable(loss):
+            name = getattr(loss, "__name__", type(loss).__name__)
+            cure = f"`limbeck new {name.lower()} --in losses/logits` makes the file that a loss of your own goes into"
+            raise BadInput(f"limbeck.{do}: a loss is given by its name, got the object {name!r}; {cure}")
     names = {role: build.spec_of(net) for role, net in networks.items() if net is not None}
     body = {
         "name": given.pop("name", None) or do,

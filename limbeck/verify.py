@@ -17,7 +17,7 @@ from limbeck.core import find
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
 from limbeck.run import methods_of, run, source_digest
-from limbeck.verbs.check import VERBS
+from limbeck.verbs.check import VERBS, check_names
 
 
 def recipe_of(name: str) -> tuple[str, Recipe]:
@@ -73,6 +73,7 @@ def verify(
     last = recipe.stages[-1] if recipe.stages else recipe
     expect = recipe.expect or last.expect
     count = seeds or (expect.seeds if expect else 5)
+    check_names(recipe)
     if last.do not in VERBS:
         raise BadInput(f"{recipe.name}: `{last.do}` has no control, so there is no evidence to gather")
     folder = root / "verify" / f"{key}-{recipe.digest}-{code_digest(recipe)}"
@@ -93,7 +94,7 @@ def verify(
     if expect is not None and expect.published is not None:
         near = abs(mean - expect.published) <= (expect.within or 0.0)
         published = {"value": expect.published, "within": expect.within, "here": mean, "reproduced": near}
-    evidence = _plain(
+    evidence: dict[str, Any] = _plain(
         {
             "key": key,
             "recipe": catalogue.recipes()[key].name if key in catalogue.recipes() else name,

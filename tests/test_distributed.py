@@ -4,13 +4,12 @@ Every scenario is a function that runs in fresh processes over gloo (or in one, 
 and tensors. The processes are forks of one server that has imported torch, so that each starts in a moment.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import socket
-import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +39,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
-def _child(scenario: Callable[..., Any], rank: int, world: int, port: int, folder: Path, given: tuple[Any, ...]) -> None:
+def _child(
+    scenario: Callable[..., Any], rank: int, world: int, port: int, folder: Path, given: tuple[Any, ...]
+) -> None:
     os.environ |= {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -59,7 +60,9 @@ def processes(world: int, folder: Path, scenario: Callable[..., Any], *given: An
     kinds = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
     if "forkserver" in kinds:
-        context.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "limbeck.core.loop", "limbeck.core.shard"])
+        context.set_forkserver_preload(
+            ["torch", "torch._dynamo", "accelerate", "limbeck.core.loop", "limbeck.core.shard"]
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,8 +72,9 @@ def processes(world: int, folder: Path, scenario: Callable[..., Any], *given: An
     for process in started:
         process.start()
     try:
+        end = time.monotonic() + limit
         for process in started:
-            process.join(limit)
+            process.join(max(0.0, end - time.monotonic()))
         said = "\n".join(f"process {p.stem}:\n{p.read_text()}" for p in sorted(folder.glob("*.txt")))
         codes = [process.exitcode for process in started]
         assert codes == [0] * world, said or f"after {limit} s at most the exit codes are {codes}"
@@ -149,7 +153,7 @@ def weights(nets: Nets) -> dict[str, Tensor]:
     return {f"{n}.{k}": v.detach().clone() for n, m in nets.modules.items() for k, v in m.state_dict().items()}
 
 
-def end(fitted: Fitted) -> dict[str, Any]:
+def result(fitted: Fitted) -> dict[str, Any]:
     """What is compared of a run."""
     turns = [[stage, t, player, parts] for stage, t, player, parts in fitted.turns]
     looks = [[stage, t, metrics] for stage, t, metrics in fitted.validations]
@@ -160,7 +164,7 @@ def end(fitted: Fitted) -> dict[str, Any]:
 def plain(accumulate: int, optimizer: Any) -> dict[str, Any]:
     plan = Plan(5, optimizer=optimizer, schedule="cosine", clip=0.5, accumulate=accumulate, log_every=1)
     nets = readers(teacher=6, student=3)
-    return end(fit(Distill(match=("ce", {"kd": {"weight": 0.7}})), nets, texts(8 // accumulate), plan))
+    return result(fit(Distill(match=("ce", {"kd": {"weight": 0.7}})), nets, texts(8 // accumulate), plan))
 
 
 @pytest.mark.parametrize(("accumulate", "optimizer"), [(1, SGD), (2, ADAM)])
@@ -174,7 +178,7 @@ def mutual() -> dict[str, Any]:
     nets = readers(a=3, b=4)
     nets.peers = nn.ModuleList([nets.modules.pop("a"), nets.modules.pop("b")])
     plan = Plan(4, optimizer=SGD, accumulate=2, ema=0.5, log_every=1)
-    return end(fit(DML(weight=0.8), nets, texts(4, labels_missing=True), plan))
+    return result(fit(DML(weight=0.8), nets, texts(4, labels_missing=True), plan))
 
 
 def test_mutual_learning_with_parts_that_count_different_things(tmp_path: Path):
@@ -188,7 +192,7 @@ def chain(kind: str) -> dict[str, Any]:
     nets.factories |= {"student": lambda: Reader(3).double(), "assistant": lambda: Reader(4).double()}
     method: Any = BAN(generations=3) if kind == "ban" else TAKD(assistants=2)
     torch.manual_seed(int(os.environ["RANK"]))  # each process would make networks of its own
-    return end(fit(method, nets, texts(8), Plan(2, optimizer=SGD, log_every=1)))
+    return result(fit(method, nets, texts(8), Plan(2, optimizer=SGD, log_every=1)))
 
 
 @pytest.mark.parametrize("kind", ["ban", "takd"])
@@ -211,7 +215,7 @@ def unequal() -> dict[str, Any]:
     scores = [0.2, 0.9, 0.1, 0.3] if os.environ["RANK"] == "0" else [0.9, 0.1, 0.2, 0.3]
     looks = iter(scores)
     plan = Plan(4, optimizer=SGD, validate_every=1, select="score", log_every=1)
-    return end(fit(Statistics(), nets, texts(8), plan, validate=lambda nets: {"score": next(looks)}))
+    return result(fit(Statistics(), nets, texts(8), plan, validate=lambda nets: {"score": next(looks)}))
 
 
 def test_processes_that_see_different_things_decide_alike(tmp_path: Path):
@@ -229,7 +233,7 @@ def hurried() -> dict[str, Any]:
 
     loop.time.monotonic = watch  # type: ignore[assignment]
     plan = Plan(10**6, optimizer=SGD, schedule="linear", max_minutes=1.0)
-    return end(fit(Distill(), readers(teacher=6, student=3), texts(8), plan))
+    return result(fit(Distill(), readers(teacher=6, student=3), texts(8), plan))
 
 
 def test_a_time_limit_is_that_of_the_first_process(tmp_path: Path):
@@ -253,8 +257,10 @@ def wrapped() -> str:
 
 def test_a_second_owner_of_the_gradients_is_refused(tmp_path: Path):
     left, right = processes(2, tmp_path, wrapped)
-    assert left == right == (
-        "'student' is wrapped in DistributedDataParallel; give the module inside: the loop sums gradients"
+    assert (
+        left
+        == right
+        == ("'student' is wrapped in DistributedDataParallel; give the module inside: the loop sums gradients")
     )
 
 
@@ -272,7 +278,7 @@ def stopped(folder: Path, resume: bool) -> dict[str, Any]:
     Distill.step = noisy  # type: ignore[method-assign]
     plan = Plan(6, optimizer=ADAM, ema=0.5, log_every=1)
     try:
-        return end(fit(Distill(), readers(teacher=6, student=3), texts(8), plan, folder=folder, resume=resume))
+        return result(fit(Distill(), readers(teacher=6, student=3), texts(8), plan, folder=folder, resume=resume))
     except Interrupted as stop:
         return {"code": stop.code}
 
@@ -357,7 +363,7 @@ def sharded(folder: Path, stop: int, resume: bool, accumulate: int, ema: float |
     kinds = sorted({type(m).__name__ for m in nets.student.modules()})
     with torch.no_grad():
         out = nets.run("student", {"inputs": torch.arange(WORDS)[None]})
-    return {**end(fitted), "sharded": all(method.seen) if several else not any(method.seen), "kinds": kinds, **out}
+    return {**result(fitted), "sharded": all(method.seen) if several else not any(method.seen), "kinds": kinds, **out}
 
 
 @pytest.mark.parametrize(("accumulate", "ema"), [(1, 0.5), (2, None)])

@@ -1,4 +1,13 @@
-"""Reference numbers: tests/vectors/NAME.json, read as tensors."""
+"""Reference numbers: tests/vectors/NAME.json, read as tensors. All in fp64, and each says where they come from.
+
+All: "source" (the authors' code at a commit, or the equation redone by hand) and "knobs".
+losses: "inputs" {name: nested lists}, "reduce": mean, sum, none, "value", "grad" {student input: ...}; of modules
+"state" (every weight; buffers as needed), "state_after", "examples" (size of the set when `index` does not tell) and
+"training" (false for eval mode). Any further entry with "inputs" and "value" is a further case.
+train: "turns" (players in order, from the first step on) and "steps" (of each stage, to see them).
+shape: one of the three forms that `shaping.check_reference` reads, or facts for tests of its own.
+data: "inputs" and "value": indices, weights or rows. measure: "inputs" and "value": a number or {name: number}.
+"""
 
 import json
 from pathlib import Path

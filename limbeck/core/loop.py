@@ -362,9 +362,10 @@ class _Run:
             before = _rng()
             metrics = shard.first(self.validate(self.nets))
             _set_rng(before)  # looking must not change what follows
-            if self.plan.select and self.plan.select not in metrics:
-                raise BadInput(f"validation gives no {self.plan.select!r} to select by{nearest(self.plan.select, metrics)}")
-            score = metrics.get(self.plan.select, math.nan) * (1 if self.plan.maximise else -1)
+            select = self.plan.select
+            if select and select not in metrics:
+                raise BadInput(f"validation gives no {select!r} to select by{nearest(select, metrics)}")
+            score = metrics.get(select, math.nan) * (1 if self.plan.maximise else -1)
             if not math.isnan(score) and (self.best is None or score > self.best[0]):
                 weights = {
                     player: {k: v.detach().cpu().clone() for k, v in shard.full(self.nets.find(player)).items()}

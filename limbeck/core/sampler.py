@@ -217,7 +217,8 @@ def wide(t: float | Tensor, x: Tensor) -> Tensor:
     """A time, or times [B], as [B, 1, ...] that multiplies x [B, ...], at least fp32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     t = torch.as_tensor(t, dtype=dtype, device=x.device)
-    return t.expand(len(x)).view(-1, *[1] * (x.ndim - 1)) if t.ndim < 2 else t
+    # shape[0], not len: it stays symbolic when the network is traced
+    return t.expand(x.shape[0]).view(-1, *[1] * (x.ndim - 1)) if t.ndim < 2 else t
 
 
 # ---------------------------------------------------------------- denoisers

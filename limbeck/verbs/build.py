@@ -18,7 +18,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs.check import check_names, rehearse
-from limbeck.verbs.setting import Event, Setting, batches_of, load_weights, make_plan, save_network
+from limbeck.verbs.setting import KERNEL, Event, Setting, batches_of, load_weights, make_plan, save_network
 from limbeck.zoo import nets as zoo
 
 WEIGHTS = Path(__file__).parent.parent / "zoo"
@@ -47,7 +47,7 @@ def setting(
     made = Setting(recipe, splits, {}, folder, on_event=on_event, resume=resume)
     roles: dict[tuple[str, ...], Any] = {("teacher",): recipe.teacher, ("student",): recipe.student}
     roles |= {("nets", role): spec for role, spec in recipe.nets.items()}
-    if recipe.do == "condense":
+    if recipe.do == "condense" and recipe.judge.net.net != KERNEL:
         roles["judge", "net"] = recipe.judge.net
     for role, thing in given.items():
         made.builders[role] = _builder(thing, role)
@@ -63,6 +63,8 @@ def setting(
     if "teacher" in made.builders:
         torch.manual_seed(0)  # of a teacher that is trained first
         made.teacher = made.build("teacher").eval().requires_grad_(False)
+        if splits.train.kind == "images":  # faster to ask, on CPUs and GPUs alike; small ones train slower so
+            made.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not resume:
         rehearse(made)
     if made.teacher is not None and "teacher" not in given:
@@ -156,8 +158,7 @@ def network(spec: Net, table: Table, folder: Path) -> nn.Module:
     module: nn.Module = zoo.build(body, **describe(table))
     if spec.weights not in (None, "random"):
         load_weights(module, spec.weights, (folder, folder.parent, WEIGHTS, WEIGHTS.parent))
-    # faster for convolutions on CPUs and GPUs alike; what is saved is contiguous again
-    return module.to(memory_format=torch.channels_last) if table.kind == "images" else module  # type: ignore[call-overload]
+    return module
 
 
 def _builder(thing: Any, role: str) -> Callable[[], nn.Module]:

@@ -24,9 +24,18 @@ from limbeck.core.nets import Batch, Nets, evaluating, outputs
 from limbeck.core.sampler import Denoiser
 from limbeck.core.synset import SynSet
 from limbeck.recipe import Net, Recipe, Spec, Train
-from limbeck.verbs import condense, shape, shorten, teach
+from limbeck.verbs import condense, label, shape, shorten, teach
 from limbeck.verbs.figures import figures, measure_of
-from limbeck.verbs.setting import Setting, batches_of, captured, default_measures, learner_of, make_plan, method_of
+from limbeck.verbs.setting import (
+    KERNEL,
+    Setting,
+    batches_of,
+    captured,
+    default_measures,
+    learner_of,
+    make_plan,
+    method_of,
+)
 from limbeck.zoo import nets as zoo
 
 VERBS: dict[str, ModuleType] = {"teach": teach, "condense": condense, "shorten": shorten, "shape": shape}
@@ -82,7 +91,7 @@ def _networks(recipe: Recipe, given: Collection[str]) -> None:
     for role, several in recipe.nets.items():
         for i, spec in enumerate(several if isinstance(several, list) else [several]):
             _net(recipe, spec, "nets", role, *([i] if isinstance(several, list) else []))
-    if "judge" not in given and recipe.judge.net.net != "kernel":
+    if "judge" not in given and recipe.judge.net.net != KERNEL:
         _net(recipe, recipe.judge.net, "judge", "net")
     wanted = NEEDS.get(recipe.do, "")
     if wanted and roles[wanted] is None and wanted not in given:
@@ -230,7 +239,7 @@ def _peek(batches: Batches) -> Batch:
 
 
 def _rehearse_training(made: Setting) -> None:
-    recipe, table = made.recipe, made.splits.train
+    recipe, table = label.alone(made.recipe) if made.recipe.do == "train" else made.recipe, made.splits.train
     with recipe.blamed("method"):
         method = method_of(recipe)
     if learner_of(method) == "student" and "student" not in made.builders:
@@ -257,8 +266,7 @@ def _rehearse_training(made: Setting) -> None:
 
 def _meet(recipe: Recipe, nets: Nets, probe: Batch, method: Any = None) -> None:
     """Every loss alone, so that it is known which one complains, then the method as it is."""
-    told = recipe.do != "train" or "match" in recipe.model_fields_set
-    if told and (recipe.method is None or recipe.do == "shape" or knobs.split(recipe.method)[0] == "distill"):
+    if recipe.method is None or recipe.do == "shape" or knobs.split(recipe.method)[0] == "distill":
         for i, spec in enumerate(recipe.match):
             with recipe.blamed("match", i):
                 knobs.make("distill", {"match": (spec,)}).setup(nets, probe)
@@ -298,7 +306,7 @@ def _rehearse_condensing(made: Setting) -> None:
     if find.family(condense.methods(recipe)[0]) != "data":
         _plan(recipe)
         _first(recipe, train)
-    if recipe.judge.net.net != "kernel":
+    if recipe.judge.net.net != KERNEL:
         with recipe.blamed("judge", "net"):
             reads(made.build("judge"), {"inputs": train["inputs"][:2]}, train, "judge", judged=True)
 

@@ -17,7 +17,7 @@ from limbeck.core.nets import Nets
 from limbeck.core.synset import SynSet
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
-from limbeck.verbs.setting import Outcome, Setting, batches_of, save_tensors
+from limbeck.verbs.setting import KERNEL, Outcome, Setting, batches_of, save_tensors
 
 CONTROL = "random_subset"
 
@@ -81,8 +81,9 @@ def _made(setting: Setting, seed: int, folder: Path) -> tuple[Tensor, Tensor, fl
     method = knobs.make(name, given)
     train = setting.splits.train
     nets = Nets(images=SynSet.real(train["inputs"], train["labels"], recipe.ipc, seed=seed))
-    nets.factories["net"] = setting.builders["judge"]
-    nets.net = nets.fresh("net")
+    if recipe.judge.net.net != KERNEL:
+        nets.factories["net"] = setting.builders["judge"]
+        nets.net = nets.fresh("net")
     fitted = setting.fit(method, nets, recipe.train, batches_of(recipe, train, seed), seed=seed, folder=folder)
     inputs, labels = nets.images.export()
     return inputs, labels, fitted.seconds
@@ -113,7 +114,7 @@ def _chosen(setting: Setting, name: str, given: dict[str, Any], seed: int) -> tu
 def _judge(setting: Setting, inputs: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
     recipe, test = setting.recipe, setting.splits.test
     judge = recipe.judge
-    if judge.net.net == "kernel":
+    if judge.net.net == KERNEL:
         return {"accuracy": hits(kernel_logits(inputs, labels, test, **judge.net.options), test)}
     if labels.ndim > 1 and (labels.sum(1) - 1).abs().max() > 1e-3:
         labels = labels.argmax(1)  # regression targets: a classifier is trained on the class they favour

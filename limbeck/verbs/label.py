@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from limbeck.core.store import StoreInfo
-from limbeck.recipe import dump
+from limbeck.recipe import Recipe, dump
 from limbeck.report.statistics import Gain
 from limbeck.verbs.result import Result
 from limbeck.verbs.setting import (
@@ -25,7 +25,6 @@ from limbeck.verbs.setting import (
     save_network,
     validator,
 )
-
 
 FIGURES = ("parameters", "bytes", "latency_ms")  # in metrics.json beside what was measured
 
@@ -53,8 +52,7 @@ def run(setting: Setting) -> Result:
         metrics = {k: v for k, v in json.loads((folder / "metrics.json").read_text()).items() if k not in FIGURES}
         return Result(module, metrics, {}, nothing, f"trained {role}, as it was found in {folder}", folder)
     if recipe.do == "train":
-        told = recipe.method or "match" in recipe.model_fields_set
-        changed = recipe if told else recipe.with_changes({"match": ["ce"]})
+        changed = alone(recipe)
         method = method_of(changed)
         nets = setting.nets(changed, method)
         learner = learner_of(method)
@@ -75,6 +73,12 @@ def run(setting: Setting) -> Result:
     (folder / "metrics.json").write_text(json.dumps({**metrics, **figures}, indent=1))
     text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
     return Result(module, metrics, {}, nothing, f"{text} on {len(setting.splits.test)} test examples", folder)
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """What `train` carries out: a recipe that names no method and no losses is trained on labels."""
+    told = recipe.method or "match" in recipe.model_fields_set
+    return recipe if told else recipe.with_changes({"match": ["ce"]})
 
 
 def _label(setting: Setting) -> StoreInfo:

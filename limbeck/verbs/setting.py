@@ -31,6 +31,7 @@ from limbeck.report.numerals import lower_is_better
 from limbeck.verbs.figures import COSTS, measure_of
 
 TRACKERS = ("tensorboard",)
+KERNEL = "kernel"  # a judge of condensed sets that is no network: kernel ridge regression
 WEIGHTS = "weights.safetensors"
 CURVE = 512  # validation examples for the curve in the report, when nothing is selected by it
 
@@ -359,6 +360,10 @@ def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
         if isinstance(module, Denoiser):  # methods may change how it is read: schedule, boundary, solver
             body["denoiser"] = module.spec()
         (folder / "net.json").write_text(json.dumps(body))
+    inner: Any = unwrap(module)
+    if hasattr(inner, "save_pretrained") and hasattr(getattr(inner, "config", None), "to_dict"):
+        body = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
+        (folder / "config.json").write_text(json.dumps(body, indent=1, default=str))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -181,6 +181,8 @@ def summary() -> str:
     lines += ["", f"{len(standing)} of {len(everything)} rows have evidence:", ""]
     lines += ["| row | methods | level | gain over the control |", "|---|---|---|---|"]
     lines += [f"| `{r.key}` | {', '.join(f'`{m}`' for m in r.methods)} | {r.level} | {r.gain} |" for r in standing]
+    beyond = [key for key in sorted(recipes()) if key not in {r.key for r in everything} and evidence(key)]
+    lines += [f"| (no row) | `{key}` | {level(key)} | {gain_text(key)} |" for key in beyond]
     return "\n".join(lines)
 
 
@@ -202,7 +204,7 @@ def unknown_rows() -> list[str]:
     """Methods and recipes that name a row the catalogue does not have."""
     keys = {r["key"] for r in _stored()}
     wrong = [f"{name}: row {key!r}" for name in find.names() for key in find.get(name).card.row if key not in keys]
-    return wrong + [f"{path.name}: row {key!r}" for key, path in recipes().items() if key not in keys]
+    return wrong + [f"{path.name}: row {key!r}" for key, path in recipes().items() if key not in keys | set(find.names())]
 
 
 def as_json(chosen: Iterable[Row]) -> str:

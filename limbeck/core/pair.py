@@ -36,13 +36,12 @@ class Pair:
         """Everything that losses may ask for, by name; the teacher speaks in eval mode and without gradient."""
         stored = self.teacher == "teacher" and any(k.startswith("teacher_") for k in batch)
         have = {k: v for k, v in batch.items() if stored or not k.startswith("teacher_")}
-        have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch).items()}
-        if self.uses_teacher and not stored:
+        if self.uses_teacher and not stored:  # first: later its activations would come on top of the student's graph
             if not self.teacher or self.teacher.split(".")[0] not in nets:
                 raise BadInput("a loss asks for the teacher, but there is neither a teacher nor a store of its signals")
             with torch.no_grad():
                 have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch).items()}
-        return have
+        return have | {f"student_{k}": v for k, v in nets.run(self.learner, batch).items()}
 
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
 from limbeck.core import find, knobs
 from limbeck.core.errors import BadInput, nearest
@@ -28,7 +29,7 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True) -> list[str]:
     if "teacher_logits" in asks and not teacher:
         return []
     labels = torch.arange(8) % classes
-    rows = torch.eye(classes)[labels]
+    rows = F.one_hot(labels, classes).float()
     have = {"student_logits": rows, "teacher_logits": rows, "labels": labels}
     if find.folder(name) == "measure/robust":
         have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)

@@ -1,21 +1,33 @@
-"""Writes the pages that come from the code: one a method, the table of methods, and the catalogue.
+"""Writes what comes from the code: a page for each method, the table of methods, the catalogue, and the tables that
+stand in the guide where a page says <!-- recipe keys --> and the like.
 
 mkdocs-gen-files runs this at every build; nothing of it is kept in the repository, so no page can be stale.
 """
 
 import inspect
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from functools import partial
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
 
 import mkdocs_gen_files
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from limbeck import catalogue
-from limbeck.core.find import family, folder, get, knobs, names, needs, wants
+from limbeck import catalogue, recipe
+from limbeck.adapters.files import Source
+from limbeck.core.find import ROOT, family, folder, get, knobs, names, needs, wants
 from limbeck.core.knobs import annotations
+from limbeck.core.loop import Plan
 from limbeck.core.names import NAMES
+from limbeck.core.optim import OPTIMIZERS
+from limbeck.describe import OTHERS
+from limbeck.zoo.nets import NETS
 
 FAMILIES = {
     "losses": "what is matched: tensors in, a number out",
@@ -52,20 +64,24 @@ def idea(thing: Any) -> str:
 
 
 def about_knobs(thing: Any) -> dict[str, str]:
-    """Knob -> what the docstring says of it: the text between `name:` and the next `other name:` or empty line.
+    """Knob -> what the docstring says of it."""
+    return said_of(list(knobs(thing)), inspect.getdoc(thing) or "")
+
+
+def said_of(known: list[str], text: str) -> dict[str, str]:
+    """Name -> what a docstring says of it: the text between `name:` and the next `other name:` or empty line.
 
     "sigma_min, sigma_max: range of noise" speaks of both.
     """
-    known = list(knobs(thing))
     if not known:
         return {}
     one = "|".join(map(re.escape, known))
     names_then_colon = rf"(?<![\w`])((?:`?(?:{one})`?)(?:, `?(?:{one})`?)*): "
     found: dict[str, str] = {}
-    for block in (inspect.getdoc(thing) or "").split("\n\n"):
+    for block in text.split("\n\n"):
         _, *pairs = re.split(names_then_colon, block)
-        for heads, text in zip(pairs[::2], pairs[1::2], strict=True):
-            found |= {head.strip(" `"): text.strip() for head in heads.split(",")}
+        for heads, said in zip(pairs[::2], pairs[1::2], strict=True):
+            found |= {head.strip(" `"): said.strip() for head in heads.split(",")}
     return found
 
 
@@ -103,7 +119,7 @@ def method_page(name: str) -> str:
     lines += ["", *(f"- {what}: {text}" for what, text in facts)]
     lines += table(
         "asks for | shape | what it is | when",
-        [(code(n), code(f"[{NAMES[n][0]}]") if n in NAMES else "", cell(NAMES[n][1]) if n in NAMES else "", how)
+        [(code(n), code(f"[{NAMES[n][0]}]") if n in NAMES else "", cell(NAMES[n][1] if n in NAMES else OTHERS[n]), how)
          for n, how in asked],
     )  # fmt: skip
     lines += table(
@@ -155,6 +171,173 @@ def write(path: str, text: str, source: str | None = None) -> None:
     mkdocs_gen_files.set_edit_path(path, source)
 
 
+# ---- tables in the guide ---------------------------------------------------------------------------------------------
+BLOCKS: dict[str, type[BaseModel]] = {
+    "recipe": recipe.Recipe,
+    "teacher, student, nets": recipe.Net,
+    "data": recipe.Data,
+    "train": recipe.Train,
+    "store": recipe.Store,
+    "judge": recipe.Judge,
+    "expect": recipe.Expect,
+}
+PLACES = {
+    "teacher, student, nets": "`teacher`, `student`, each of `nets`, and `judge.net`",
+    "data": "`data`",
+    "train": "`train`, `judge.train`, and `train` of a network",
+    "store": "`store`",
+    "judge": "`judge`",
+    "expect": "`expect`",
+}
+# What the loop's plan or the key's own name says better than a description would, is not described in the model.
+PLAIN = {
+    ("recipe", "name"): "of the run folder and in the report; default: the file's name",
+    ("recipe", "do"): "the verb",
+    ("recipe", "teacher"): "the network that is learned from",
+    ("recipe", "student"): "the network that learns",
+    ("recipe", "data"): "what is learned on and judged by; see [Data](data.md)",
+    ("recipe", "train"): "how long and how to train; default: 10 epochs",
+    ("recipe", "judge"): "condense: how the set is judged",
+    ("recipe", "measure"): "what is measured on the test part; default: accuracy with class labels, else nll",
+    ("recipe", "expect"): "what `limbeck verify` should find",
+    ("recipe", "stages"): "recipes that run one after the other; then no other key but `name`, `row`, `expect` is read",
+    ("train", "epochs"): "passes over the training part; may be a fraction",
+    ("train", "minutes"): "stop after that time; schedules then follow the clock",
+    ("train", "batch_size"): "examples of a batch, over all processes",
+    ("judge", "net"): "architecture that the set is made with and judged by; `kernel` is kernel ridge regression",
+    ("judge", "train"): "of each fresh network",
+    ("judge", "augment"): "as in `data`",
+    ("expect", "metric"): "the metric that decides",
+    ("expect", "beats"): "the arm that the student is compared with",
+    ("expect", "seeds"): "how many seeds `limbeck verify` runs",
+}
+
+
+def kind_of(hint: Any) -> str:
+    """A type as the author of a recipe thinks of it: number, name or {name: knobs}."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint == recipe.Spec:
+        return "name or `{name: {knob: value}}`"
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(kind_of(one) for one in inner if one is not type(None)))
+    if origin is list:
+        return f"list: {kind_of(inner[0])}" if inner and inner[0] is not Any else "list"
+    if origin is dict:
+        return f"mapping to {kind_of(inner[1])}" if inner[1] is not Any else "mapping"
+    if inspect.isclass(hint) and issubclass(hint, BaseModel):
+        return {"Net": "network", "Recipe": "recipe"}.get(hint.__name__, "block")
+    return {float: "number", int: "whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
+
+
+def bounds(info: FieldInfo) -> str:
+    """The range of a number, such as ' > 0'."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [
+        f"{sign} {getattr(rule, key)}" for rule in info.metadata for key, sign in signs.items() if hasattr(rule, key)
+    ]
+    return " " + ", ".join(found) if found else ""
+
+
+def default_of(info: FieldInfo) -> str:
+    """The default, as YAML; empty for none, and for a whole block."""
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True)
+    if value is None or value == "" or isinstance(value, BaseModel) or value in ({}, []):
+        return ""
+    return code(yaml.safe_dump(value, default_flow_style=True, width=200).removesuffix("...\n").strip())
+
+
+def recipe_keys() -> str:
+    """The keys of a recipe and of its blocks."""
+    plan = said_of([f.name for f in fields(Plan)], inspect.getdoc(Plan) or "")
+    lines: list[str] = []
+    for name, model in BLOCKS.items():
+        said = " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
+        where = f"In {PLACES[name]}. " if name in PLACES else ""
+        lines += ["", f"### {name}", "", where + said.replace("{", "`{").replace("}", "}`")]
+        rows = []
+        for key, info in model.model_fields.items():
+            means = info.description or PLAIN.get((name, key)) or (plan.get(key, "") if name == "train" else "")
+            if not means:
+                raise SystemExit(f"the key {name}.{key} of a recipe is not described: give its field a description")
+            rows.append((code(key), kind_of(info.annotation) + bounds(info), default_of(info), cell(means).rstrip(".")))
+        lines += table("key | value | default | meaning", rows)
+    return "\n".join(lines)
+
+
+def data_options() -> str:
+    """What a recipe may say under `data`, from the loader's own fields."""
+    known = [f.name for f in fields(Source)]
+    said = said_of(known, inspect.getdoc(Source) or "")
+    rows = []
+    for f in fields(Source):
+        value = "" if f.default is MISSING or f.default in (None, ()) else code(repr(f.default))
+        rows.append((code(f.name), "required" if f.default is MISSING else value, cell(said[f.name]).rstrip(".")))
+    return "\n".join(table("option | default | meaning", rows))
+
+
+def networks() -> str:
+    """The networks of the zoo with the options of their builders; those with one builder share a line."""
+    facts = {"classes", "channels", "size", "vocab"}
+    shared: dict[Any, list[str]] = {}
+    for name, builder in NETS.items():
+        shared.setdefault(builder.func if isinstance(builder, partial) else builder, []).append(name)
+    rows = []
+    for builder, called in shared.items():
+        fixed = next((set(NETS[n].keywords) for n in called if isinstance(NETS[n], partial)), set())
+        options = {
+            k: v for k, v in knobs(builder).items() if k not in facts | fixed and v is not inspect.Parameter.empty
+        }
+        reads = [k for k in knobs(builder) if k in facts]
+        said = cell(inspect.getdoc(builder))
+        rows.append(
+            (
+                " ".join(map(code, called)),
+                ", ".join(map(code, reads)),
+                "<br>".join(code(f"{k}: {v}") for k, v in options.items()),
+                said,
+            )
+        )
+    return "\n".join(table("`net` | needs from the data | options and defaults | which are", rows))
+
+
+def weights() -> str:
+    """The trained networks inside the package."""
+    kept = sorted(p.stem for p in (ROOT / "zoo").glob("*.safetensors"))
+    return ", ".join(code(f"zoo/{name}") for name in kept) + "."
+
+
+def optimizers() -> str:
+    """The optimisers by name."""
+    rows = [(code(name), f"`torch.optim.{kind.__name__}`") for name, kind in OPTIMIZERS.items()]
+    said = "An optimiser is `{sgd: {lr: 0.05, momentum: 0.9}}`, with the options of the torch class:"
+    return "\n".join([said, *table("name | class", rows)])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "recipe keys": recipe_keys,
+    "data options": data_options,
+    "networks": networks,
+    "weights": weights,
+    "optimizers": optimizers,
+}
+
+
+def guide() -> Iterator[tuple[str, str]]:
+    """Every page of the guide that has a place for a table, with the tables in it."""
+    here = Path(__file__).parent
+    for page in sorted(here.rglob("*.md")):
+        text = page.read_text()
+        filled = re.sub(r"<!-- ([a-z ]+) -->", lambda m: TABLES[m[1]]() if m[1] in TABLES else m[0], text)
+        if filled != text:
+            yield page.relative_to(here).as_posix(), filled
+
+
+for page, text in guide():
+    write(page, text, page)
 for method in names():
     write(f"methods/{folder(method)}/{method}.md", method_page(method), names()[method].replace(".", "/") + ".py")
 write("methods/index.md", methods_page())

@@ -204,7 +204,9 @@ def unknown_rows() -> list[str]:
     """Methods and recipes that name a row the catalogue does not have."""
     keys = {r["key"] for r in _stored()}
     wrong = [f"{name}: row {key!r}" for name in find.names() for key in find.get(name).card.row if key not in keys]
-    return wrong + [f"{path.name}: row {key!r}" for key, path in recipes().items() if key not in keys | set(find.names())]
+    return wrong + [
+        f"{path.name}: row {key!r}" for key, path in recipes().items() if key not in keys | set(find.names())
+    ]
 
 
 def as_json(chosen: Iterable[Row]) -> str:

@@ -66,7 +66,7 @@ def command(*arguments: object) -> list[str]:
 def outside(*arguments: object, package: Path = ROOT, cwd: Path | None = None, **options: Any) -> Called:
     """Call the command line in a process of its own."""
     done = subprocess.run(
-        command(*arguments), env=environment(package), cwd=cwd, capture_output=True, text=True, timeout=120, **options
+        command(*arguments), env=environment(package), cwd=cwd, capture_output=True, text=True, timeout=300, **options
     )
     return Called(done.returncode, done.stdout, done.stderr)
 

@@ -44,7 +44,9 @@ def get(name: str) -> Any:
     if name not in names():
         raise BadInput(f"no method {name!r}{nearest(name, names()) or '; `limbeck list` prints them all'}")
     module = importlib.import_module(names()[name])
-    carded = [o for o in vars(module).values() if hasattr(o, "card") and getattr(o, "__module__", "") == module.__name__]
+    carded = [
+        o for o in vars(module).values() if hasattr(o, "card") and getattr(o, "__module__", "") == module.__name__
+    ]
     if len(carded) != 1:
         raise BadInput(f"{names()[name]} must hold exactly one @method, found {len(carded)}")
     return carded[0]

@@ -14,7 +14,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import Budget, hits, kernel_logits
 from limbeck.core.evaluate import judge as judge_set
 from limbeck.core.nets import Nets
-from limbeck.core.synset import SynSet
+from limbeck.core.synset import SynSet, pick
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
 from limbeck.verbs.setting import KERNEL, Outcome, Setting, batches_of, save_tensors
@@ -55,7 +55,8 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
     if arm == "whole":
         inputs, labels = train["inputs"], train["labels"]
     elif arm == "control":
-        inputs, labels = _chosen(setting, CONTROL, {}, seed)
+        rows = pick(train["labels"], recipe.ipc, seed=seed)  # those that a synthetic set starts from
+        inputs, labels = train["inputs"][rows], train["labels"][rows]
     else:
         inputs, labels, seconds = _made(setting, seed, folder)
     if arm != "whole":

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,9 @@ class Setting:
         first = next(iter(batches.values())) if isinstance(batches, Mapping) else batches
         per_epoch = getattr(first, "steps_per_epoch", None)
         plan = make_plan(train, per_epoch, seed)
+        if "optimizer" in train.model_fields_set and hasattr(method, "optimizers"):  # what is asked for wins
+            asked = {player: train.optimizer for player in method.optimizers()}
+            plan = replace(plan, optimizers={**asked, **train.optimizers})
         resume = self.resume and any((folder / "checkpoints").glob("step-*"))
         with tracking(train.track, folder) as accelerator:
             return fit(

@@ -1,4 +1,4 @@
-"""Finds methods by file name: get("dkd") is the one carded object in the file dkd.py. Importing this imports no torch."""
+"""Finds methods by file name: get("dkd") is the one carded object in the file dkd.py. Imports no torch itself."""
 
 import importlib
 import inspect

@@ -158,7 +158,7 @@ class Setting:
         per_epoch = getattr(first, "steps_per_epoch", None)
         plan = make_plan(train, per_epoch, seed)
         if "optimizer" in train.model_fields_set and hasattr(method, "optimizers"):  # what is asked for wins
-            asked = {player: train.optimizer for player in method.optimizers()}
+            asked = dict.fromkeys(method.optimizers(), train.optimizer)
             plan = replace(plan, optimizers={**asked, **train.optimizers})
         resume = self.resume and any((folder / "checkpoints").glob("step-*"))
         with tracking(train.track, folder) as accelerator:

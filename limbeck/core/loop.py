@@ -270,7 +270,9 @@ class _Run:
             params = self.nets.params(player)
             keep = {id(p) for p in params}
             for name, module in self.nets.modules.items():
-                for p in module.parameters() if name not in self.nets.frozen else ():
+                if name == player or name in self.nets.frozen:
+                    continue  # all of it is kept, or has no gradient
+                for p in module.parameters():
                     if p.grad is not None and id(p) not in keep:
                         p.grad = None
             optimizer = self._optimizer(player, params)
@@ -318,10 +320,11 @@ class _Run:
             player, parts = move[0], _parts(move[1])
             turns.append((player, parts))
             if len(generators) == 1:
-                counts = dict(zip(parts, self._global([part.count for part in parts.values()]), strict=True))
-                loss = sum((_divided(part, counts[name]) for name, part in parts.items()), torch.zeros(()))
+                counts = self._global([part.count for part in parts.values()])
+                values = {n: _divided(p, count) for (n, p), count in zip(parts.items(), counts, strict=True)}
+                loss = sum(values.values(), torch.zeros(()))
                 self.scaler.scale(loss * shard.factor(self.accelerator)).backward()
-                return player, {n: _divided(p, counts[n]).detach() for n, p in parts.items()}
+                return player, {name: value.detach() for name, value in values.items()}
             if player != turns[0][0]:
                 raise LimbeckError(f"micro-batches yielded {turns[0][0]!r} and {player!r} in one turn")
             sums = sums or _Sums(lambda: self.nets.params(turns[0][0]), parts, self._global)

@@ -102,11 +102,15 @@ class Nets:
     taps: dict[str, Taps]
     device: torch.device
 
-    _OWN = frozenset({"modules", "frozen", "companions", "factories", "taps", "device"})
+    _known: Any
+    _modes: list[tuple[nn.Module, bool]]
+
+    _OWN = frozenset({"modules", "frozen", "companions", "factories", "taps", "device", "_known", "_modes"})
 
     def __init__(self, **modules: nn.Module) -> None:
         self.modules, self.frozen, self.companions, self.factories, self.taps = {}, set(), {}, {}, {}
         self.device = torch.device("cpu")
+        self._known, self._modes = None, []
         for name, module in modules.items():
             setattr(self, name, module)
 
@@ -196,11 +200,17 @@ class Nets:
         return out
 
     def train(self) -> None:
-        """Training mode for all but the frozen."""
+        """Training mode for all but the frozen; for next to nothing while nobody has changed networks or modes."""
+        known = set(self.frozen), [(module, len(module._modules)) for module in self.modules.values()]
+        if known == self._known and all(layer.training is mode for layer, mode in self._modes):
+            return
         for module in self.modules.values():
             module.train()
         for player in self.frozen:
             self.find(player).eval()
+
+        self._known = known
+        self._modes = [(layer, layer.training) for module in self.modules.values() for layer in module.modules()]
 
     def to(self, device: torch.device) -> None:
         """Move every network."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -619,3 +620,33 @@ def test_a_tracker_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with setting.tracking("", tmp_path) as accelerator:
         assert accelerator.trackers == []
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+FAULTS = """
+import ctypes, resource, sys
+import torch
+from limbeck.core import loop
+
+def faults():
+    blocks = [torch.ones(2_000_000) for _ in range(4)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        del blocks
+        blocks = [torch.ones(2_000_000) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+loop._keep_memory()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has to be told")
+def test_what_a_step_frees_serves_the_next_one():
+    running = []
+    for said in ({}, {"MALLOC_TRIM_THRESHOLD_": "0"}):  # what the environment says goes first
+        here = os.environ | {"PYTHONPATH": str(ROOT)} | said
+        running.append(subprocess.Popen([sys.executable, "-c", FAULTS], env=here, stdout=subprocess.PIPE, text=True))
+    kept, given_back = (int(process.communicate(timeout=120)[0]) for process in running)
+    assert 10 * kept < given_back

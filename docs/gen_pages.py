@@ -48,6 +48,11 @@ def code(text: object) -> str:
     return f"`{cell(text)}`"
 
 
+def ended(text: object) -> str:
+    """A sentence as a cell: without its full stop."""
+    return cell(text) if str(text).endswith("...") else cell(text).rstrip(".")
+
+
 def table(head: str, rows: list[tuple[str, ...]]) -> Iterator[str]:
     """A Markdown table, or nothing when it has no rows."""
     if rows:
@@ -76,27 +81,35 @@ def said_of(known: list[str], text: str) -> dict[str, str]:
     if not known:
         return {}
     one = "|".join(map(re.escape, known))
-    names_then_colon = rf"(?<![\w`])((?:`?(?:{one})`?)(?:, `?(?:{one})`?)*): "
+    names_then_colon = rf"(?<![\w`])((?:`?(?:{one})`?)(?:, `?(?:{one})`?)*):\s+"
     found: dict[str, str] = {}
     for block in text.split("\n\n"):
         _, *pairs = re.split(names_then_colon, block)
         for heads, said in zip(pairs[::2], pairs[1::2], strict=True):
-            found |= {head.strip(" `"): said.strip() for head in heads.split(",")}
+            for head in heads.split(","):  # the first place is the knob's own; "residual blocks: ..." may follow
+                found.setdefault(head.strip(" `"), said.strip())
     return found
 
 
 def type_name(hint: Any) -> str:
     """How a person writes a type: float, str | None."""
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    return hint.__name__ if inspect.isclass(hint) else re.sub(r"\b(?:typing|collections\.abc)\.", "", str(hint))
 
 
-def example(name: str, thing: Any) -> str:
-    """The line of a recipe that uses the method, with its first two plain knobs."""
-    plain = {k: v for k, v in knobs(thing).items() if isinstance(v, bool | int | float | str)}
+def example(name: str, thing: Any) -> list[str]:
+    """How the method is used: a line of a recipe with its first two plain knobs, or of Python where no recipe does."""
+    asks = needs(thing)
+    if "rows" in asks:
+        return ["In Python:", "", "```python", f'kept = list(limbeck.get("{name}")(rows))', "```", ""]
+    if any(n.endswith("_samples") for n in asks):
+        return ["`do: shorten` measures it.", ""]
+    told = ("budget", "seed") if family(name) == "data" else ()  # the recipe's `ipc` and seeds
+    plain = {k: v for k, v in knobs(thing).items() if isinstance(v, bool | int | float | str) and k not in told}
     spec: Any = {name: dict(list(plain.items())[:2])} if plain else name
     key = {"losses": "match", "measure": "measure"}.get(family(name), "method")
     line = {key: [spec] if key in ("match", "measure") else spec}
-    return yaml.safe_dump(line, default_flow_style=True, sort_keys=False, width=100).strip().strip("{}")
+    text = yaml.safe_dump(line, default_flow_style=True, sort_keys=False, width=100).strip()[1:-1]
+    return ["In a recipe:", "", "```yaml", text, "```", ""]
 
 
 def method_page(name: str) -> str:
@@ -126,7 +139,7 @@ def method_page(name: str) -> str:
         "knob | type | default | what it does",
         [(code(k), code(type_name(hints[k])), code(repr(v)), cell(said.get(k, ""))) for k, v in knobs(thing).items()],
     )
-    lines += ["In a recipe:", "", "```yaml", example(name, thing), "```", ""]
+    lines += ["", *example(name, thing)]
     lines += [f"::: {module}.{thing.__name__}", "    options:", "      heading: Reference", ""]
     return "\n".join(lines)
 
@@ -191,7 +204,7 @@ PLACES = {
 }
 # What the loop's plan or the key's own name says better than a description would, is not described in the model.
 PLAIN = {
-    ("recipe", "name"): "of the run folder and in the report; default: the file's name",
+    ("recipe", "name"): "of the run folder and in the report",
     ("recipe", "do"): "the verb",
     ("recipe", "teacher"): "the network that is learned from",
     ("recipe", "student"): "the network that learns",
@@ -204,6 +217,7 @@ PLAIN = {
     ("train", "epochs"): "passes over the training part; may be a fraction",
     ("train", "minutes"): "stop after that time; schedules then follow the clock",
     ("train", "batch_size"): "examples of a batch, over all processes",
+    ("train", "precision"): "of the networks, by autocast; weights and losses stay in fp32",
     ("judge", "net"): "architecture that the set is made with and judged by; `kernel` is kernel ridge regression",
     ("judge", "train"): "of each fresh network",
     ("judge", "augment"): "as in `data`",
@@ -215,19 +229,19 @@ PLAIN = {
 
 def kind_of(hint: Any) -> str:
     """A type as the author of a recipe thinks of it: number, name or {name: knobs}."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint == recipe.Spec:
+    origin, inner = get_origin(hint), tuple(a for a in get_args(hint) if a is not type(None))
+    if set(inner) == set(get_args(recipe.Spec)):
         return "name or `{name: {knob: value}}`"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(kind_of(one) for one in inner if one is not type(None)))
+        return " or ".join(dict.fromkeys(map(kind_of, inner)))
     if origin is list:
         return f"list: {kind_of(inner[0])}" if inner and inner[0] is not Any else "list"
     if origin is dict:
         return f"mapping to {kind_of(inner[1])}" if inner[1] is not Any else "mapping"
     if inspect.isclass(hint) and issubclass(hint, BaseModel):
-        return {"Net": "network", "Recipe": "recipe"}.get(hint.__name__, "block")
+        return {"Net": "network", "Data": "name, path or block", "Recipe": "recipe"}.get(hint.__name__, "block")
     return {float: "number", int: "whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 
@@ -243,7 +257,7 @@ def bounds(info: FieldInfo) -> str:
 def default_of(info: FieldInfo) -> str:
     """The default, as YAML; empty for none, and for a whole block."""
     if info.is_required():
-        return "required"
+        return "required" if not info.metadata else "the file's name"  # the pattern of a run's name
     value = info.get_default(call_default_factory=True)
     if value is None or value == "" or isinstance(value, BaseModel) or value in ({}, []):
         return ""
@@ -263,7 +277,7 @@ def recipe_keys() -> str:
             means = info.description or PLAIN.get((name, key)) or (plan.get(key, "") if name == "train" else "")
             if not means:
                 raise SystemExit(f"the key {name}.{key} of a recipe is not described: give its field a description")
-            rows.append((code(key), kind_of(info.annotation) + bounds(info), default_of(info), cell(means).rstrip(".")))
+            rows.append((code(key), kind_of(info.annotation) + bounds(info), default_of(info), ended(means)))
         lines += table("key | value | default | meaning", rows)
     return "\n".join(lines)
 
@@ -275,7 +289,7 @@ def data_options() -> str:
     rows = []
     for f in fields(Source):
         value = "" if f.default is MISSING or f.default in (None, ()) else code(repr(f.default))
-        rows.append((code(f.name), "required" if f.default is MISSING else value, cell(said[f.name]).rstrip(".")))
+        rows.append((code(f.name), "required" if f.default is MISSING else value, ended(said[f.name])))
     return "\n".join(table("option | default | meaning", rows))
 
 

@@ -1,0 +1,45 @@
+"""`python benchmarks/table.py` writes what the benchmarks measured, from benchmarks/results, into their README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
+
+
+def rows(overhead: dict[str, Any], replay: dict[str, Any]) -> list[list[str]]:
+    """What, goal, found."""
+    table = []
+    for clock in ("processor", "wall"):
+        found = overhead[clock]
+        low, high = found["quartiles_of_pairs"]
+        mine, bare = (1000 * found["seconds_a_step"][way] for way in ("limbeck", "bare"))
+        what = f"overhead: a step of `teach` against a bare loop, {clock} time"
+        ratio = f"{found['median_ratio_of_pairs']:.3f}x, quartiles {low:.3f} to {high:.3f}"
+        table.append([what, f"at most {overhead['bar']}x", f"{ratio} ({mine:.0f} and {bare:.0f} ms)"])
+    own = 1000 * overhead["seconds_of_the_loop_itself"]
+    table.append(["overhead: what the loop itself takes of a step", "", f"{own:.2f} ms"])
+    error = replay["gradient_relative_error"]
+    table.append(["replay: relative error of the gradient, fp64", "below 1e-10", f"{error:.1e}"])
+    for setting in replay["settings"]:
+        memory, times = setting["peak_memory_ratio"], setting["time_ratio"]
+        what = f"replay: peak memory at {replay['steps']} steps, batch {setting['batch']}"
+        table.append([what, "at most 0.35x", f"{memory:.3f}x, for {times:.2f}x the time"])
+    return table
+
+
+def main() -> None:
+    overhead, replay = (json.loads((HERE / "results" / f"{n}.json").read_text()) for n in ("overhead", "replay"))
+    head = [["measured", "goal", "found"], ["---"] * 3]
+    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(overhead, replay))]
+    versions = f"\nWith torch {overhead['torch']} and Python {overhead['python']}.\n"
+    page = HERE / "README.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(before + BEGIN + "\n".join(lines) + "\n" + versions + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -134,18 +134,20 @@ class Idle:
 
 
 def own_share(steps: int = 500, warm: int = 50) -> float:
-    """Processor seconds of a step in which no network is called, a backward pass and a step over one vector included."""
+    """Processor seconds of a step that calls no network; backward and step over one vector included."""
     moments: list[float] = []
 
     def batches() -> Iterator[Batch]:
-        for t in range(steps + 1):  # the first is looked at to build what is needed, and served again
-            if t in (warm, steps):
+        for t in range(warm + steps + 1):
+            if t in (warm, warm + steps):
                 moments.append(time.process_time())
             yield {"inputs": torch.zeros(1)}
 
     teacher, student = networks()
-    fit(Idle(), Nets(teacher=teacher, student=student), batches(), Plan(steps, optimizer={"sgd": {"lr": LR}}))
-    return (moments[1] - moments[0]) / (steps - warm)
+    fit(
+        Idle(), Nets(teacher=teacher, student=student), batches(), Plan(warm + steps + 1, optimizer={"sgd": {"lr": LR}})
+    )
+    return (moments[1] - moments[0]) / steps
 
 
 def compare(times: dict[str, list[dict[str, float]]], clock: str) -> dict[str, Any]:

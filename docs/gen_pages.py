@@ -123,6 +123,8 @@ def method_page(name: str) -> str:
         facts.append(("official code", code(card.code)))
     if card.variant_of:
         facts.append(("variant of", f"[{card.variant_of}]({link(card.variant_of, name)})"))
+    if card.exact_accumulation:
+        facts.append(("accumulation", "exact: two half batches give the gradient of one"))
     if card.differs:
         facts.append(("differs", cell(card.differs)))
     facts += [("exception", f"{code(check)}: {cell(why)}") for check, why in card.exceptions.items()]

@@ -692,7 +692,8 @@ def _keep_memory() -> None:
     Fresh pages cost up to a tenth of a step on processors. What the environment says about it goes first.
     """
     trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    if sys.platform == "linux" and not any(k.startswith(("MALLOC_", "GLIBC_TUNABLES")) for k in os.environ):
+    said = "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
+    if sys.platform == "linux" and not said and "malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version") and libc.mallopt(mmap, 2**30):
             libc.mallopt(trim, 2**31 - 1)

@@ -257,6 +257,38 @@ def verify(
 
 
 @app.command()
+def tune(
+    recipe: Recipe,
+    grid: Annotated[list[str], typer.Argument(help="what to try, such as match.kd.weight=0.5,0.9")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="for each combination")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Try every combination of settings and compare them on the validation split; the test split stays unseen."""
+    from dataclasses import asdict
+
+    from limbeck.progress import live
+    from limbeck.report import numerals, statistics
+    from limbeck.tune import tune as search
+
+    try:
+        with live(quiet=as_json) as progress:
+            found = search(recipe, grid, seeds=seeds, on_event=progress)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        raise Interrupted("runs/tune; run the same command again to go on") from stop
+    if as_json:
+        say(json.dumps({**asdict(found), "best": found.best.overrides}, indent=1))
+        return
+    higher = not numerals.lower_is_better(found.metric)
+    for trial in found.trials:
+        gain = statistics.gain(trial.student, trial.control, higher_is_better=higher)
+        told = numerals.gained(found.metric, gain.mean, higher)
+        spread = numerals.between(found.metric, gain.low, gain.high, higher)
+        mark = "  best" if trial is found.best else ""
+        say(f"{numerals.value(found.metric, trial.mean)}  {told} [{spread}]  {' '.join(trial.overrides)}{mark}")
+    say(f"validation {numerals.pretty(found.metric)}, gain over the control with its 95 % interval, {seeds} seeds")
+
+
+@app.command()
 def label(
     recipe: Recipe,
     overrides: Overrides = None,

@@ -195,6 +195,9 @@ class Recipe(_Strict):
     judge: Judge = Field(default_factory=Judge)
     store: Store | None = Field(None, description="teacher signals: written by label, read by teach")
     measure: list[Spec] = Field(default_factory=list)
+    split: Literal["test", "validation"] = Field(
+        "test", description="part that the figures are taken on; validation while settings are chosen"
+    )
     metric: str = Field("", description="the one figure that decides; default by verb and data")
     control: dict[str, Any] = Field(default_factory=dict, description="what the control changes besides its teacher")
     expect: Expect | None = None

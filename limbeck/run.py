@@ -71,7 +71,7 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
             where = folder / f"seed-{seed}" / ("" if arm == "student" else arm)
             outcome = Outcome.load(where) if setting.resume else None
             if outcome is None:
-                outcome, made = _arm(setting, verb, arm, seed, where, shared)
+                outcome, made = one_arm(setting, verb, arm, seed, where, shared)
                 outcome.save(where)
                 artefact = made if arm == "student" and artefact is None else artefact
             elif arm == "student" and artefact is None and hasattr(verb, "artefact"):
@@ -89,10 +89,13 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
     return Result(artefact, mean_metrics(arms["student"]), control, gain, result["verdict"], folder, arms)
 
 
-def _arm(
+def one_arm(
     setting: Setting, verb: ModuleType, arm: str, seed: int, where: Path, shared: Path | None
 ) -> tuple[Outcome, Any]:
-    """One arm; a control that another run in the same setting has finished is taken from there."""
+    """One arm under one seed, in the folder `where`: its outcome and what it made.
+
+    shared: a control that another run in the same setting has finished is taken from there, and then made nothing.
+    """
     place = shared / _shared_key(setting.recipe, verb, arm, seed) if shared and arm != "student" else None
     if place is not None and (known := Outcome.load(place)) is not None:
         return known, None

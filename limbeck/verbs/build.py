@@ -44,6 +44,10 @@ def setting(
             raise BadInput(f"{recipe.at('do')}the recipe {recipe.name!r} names no data")
         with recipe.blamed("data"):
             splits = load_splits(recipe.data.name, recipe.data.options)
+    if recipe.split == "validation":
+        if not len(splits.validation):
+            raise BadInput(f"{recipe.at('split')}{splits.train.name} has no validation part")
+        splits = splits._replace(test=splits.validation)
     made = Setting(recipe, splits, {}, folder, on_event=on_event, resume=resume)
     roles: dict[tuple[str, ...], Any] = {("teacher",): recipe.teacher, ("student",): recipe.student}
     roles |= {("nets", role): spec for role, spec in recipe.nets.items()}

@@ -1,0 +1,114 @@
+"""Choose settings: a recipe under every combination of some overrides, judged on the validation split alone.
+
+The seeds of a search start at 100, so that the evidence, whose seeds start at 0, is not what decided the settings.
+"""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.core.errors import BadInput
+from limbeck.recipe import Recipe, load
+from limbeck.report import numerals
+from limbeck.run import deciding, one_arm
+from limbeck.verbs import build
+from limbeck.verbs.check import VERBS, check_names
+from limbeck.verbs.setting import Event, Outcome
+from limbeck.verify import code_digest
+
+FIRST_SEED = 100
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination, written as on the command line, and the validation metric of student and control by seed."""
+
+    overrides: tuple[str, ...]
+    student: tuple[float, ...]
+    control: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The student's mean over seeds."""
+        return statistics.fmean(self.student)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search gave. metric: the one that decides. trials: in the order of the grid."""
+
+    metric: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The trial whose students are best on the mean."""
+        pick = min if numerals.lower_is_better(self.metric) else max
+        return pick(self.trials, key=lambda trial: trial.mean)
+
+
+def combinations(grid: Sequence[str]) -> list[tuple[str, ...]]:
+    """["a=1,2", "b=3"] -> [("a=1", "b=3"), ("a=2", "b=3")]; commas inside brackets do not separate."""
+    axes = []
+    for text in grid:
+        key, sign, values = text.partition("=")
+        if not sign or not key or not values:
+            raise BadInput(f"what is tried is written key.key=value,value, got {text!r}")
+        axes.append([f"{key}={value}" for value in _parts(values)])
+    return list(itertools.product(*axes))
+
+
+def _parts(values: str) -> list[str]:
+    parts, depth = [""], 0
+    for letter in values:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def tune(
+    path: Path, grid: Sequence[str], *, seeds: int = 3, root: Path = Path("runs"), on_event: Event | None = None
+) -> Search:
+    """Try every combination of a grid such as ["match.kd.weight=0.5,0.9", "match.kd.temperature=2,4"].
+
+    seeds: how many for each combination and its control. What the same code has done already is not run again.
+    Raises BadInput for any combination that is no recipe, before the first is run.
+    """
+    chosen = [(overrides, _prepared(load(path, overrides), seeds)) for overrides in combinations(grid)]
+    for _, recipe in chosen:
+        check_names(recipe)
+    trials, metric = [], ""
+    for overrides, recipe in chosen:
+        arms = _arms(recipe, root, on_event)
+        metric = deciding(recipe, arms)
+        values = {arm: tuple(o.metrics[metric] for o in outcomes) for arm, outcomes in arms.items()}
+        trials.append(Trial(overrides, values["student"], values["control"]))
+    return Search(metric, tuple(trials))
+
+
+def _prepared(recipe: Recipe, seeds: int) -> Recipe:
+    if recipe.stages or recipe.do not in VERBS:
+        raise BadInput(f"{recipe.name}: only a recipe of one stage that has a control can be tuned")
+    return recipe.model_copy(update={"split": "validation", "seeds": list(range(FIRST_SEED, FIRST_SEED + seeds))})
+
+
+def _arms(recipe: Recipe, root: Path, on_event: Event | None) -> dict[str, list[Outcome]]:
+    verb = VERBS[recipe.do]
+    key = recipe.model_copy(update={"seeds": [0]}).digest  # more seeds go on in the same folder
+    folder, shared = root / "tune" / f"{recipe.name}-{key}-{code_digest(recipe)}", root / "tune" / "shared"
+    setting = build.setting(recipe, folder, on_event, folder.exists())
+    out: dict[str, list[Outcome]] = {"student": [], "control": []}
+    for seed in recipe.seeds:
+        for arm, outcomes in out.items():
+            where = folder / f"seed-{seed}" / ("" if arm == "student" else arm)
+            outcome = Outcome.load(where)
+            if outcome is None:
+                outcome, _ = one_arm(setting, verb, arm, seed, where, shared)
+                outcome.save(where)
+            outcomes.append(outcome)
+    return out

@@ -32,7 +32,9 @@ LAYERS = (
     ("api",),
     ("",),  # limbeck itself: the public API, which only looks things up when they are asked for
     ("demo", "describe", "doctor", "export", "verify"),  # what the commands do
-    ("cli", "__main__"),
+    ("tune", "compare"),  # many recipes at once
+    ("cli",),
+    ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 BROUGHT = {"scipy", "markupsafe"}  # scikit-learn and jinja2 cannot be installed without them

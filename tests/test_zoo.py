@@ -16,7 +16,7 @@ from limbeck.zoo.denoise import UNet, denoiser_mlp, unet
 from limbeck.zoo.nets import DENOISERS, NETS, build
 from limbeck.zoo.transformer import rotate
 
-TOKENS = ("bag", "text_cnn", "tiny_lm")
+TOKENS = ("bag", "text_cnn", "text_encoder", "tiny_lm")
 PICTURES = [name for name in NETS if name not in (*TOKENS, *DENOISERS, "generator")]
 
 
@@ -65,6 +65,7 @@ def test_pictures_in_named_tensors_out(name: str, channels: int, size: int) -> N
     assert len(out["feats"]) >= 2 and all(len(f) == 3 for f in out["feats"])
     assert out["emb"].ndim == 2
     assert torch.allclose(net.head(out["emb"]), out["logits"])  # emb is what the head reads
+    assert torch.allclose(out["emb"] @ out["head"].T + out["head_bias"], out["logits"], atol=1e-6)
     out["logits"].square().sum().backward()
     still = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not still
@@ -109,7 +110,7 @@ def test_a_residual_block_without_weights_in_its_branch_is_the_identity() -> Non
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and y[:, :8].eq(0).all() and y[:, 24:].eq(0).all()
 
 
-@pytest.mark.parametrize("name", ["bag", "text_cnn"])
+@pytest.mark.parametrize("name", ["bag", "text_cnn", "text_encoder"])
 def test_text_classifiers_ignore_padding(name: str) -> None:
     torch.manual_seed(0)
     net = build(name, classes=3, vocab=50).eval()

@@ -10,7 +10,10 @@ from limbeck.core import find
 from limbeck.core.errors import BadInput
 
 B, T, C, N, K = 6, 3, 5, 24, 4  # examples, tokens, classes, examples of the whole set, kept entries or negatives
-WHOLE = ("student_head", "teacher_head", "edges", "progress", "features", "curves")  # no dimension counts examples
+WHOLE = (  # no dimension counts examples
+    *("student_head", "teacher_head", "student_head_bias", "teacher_head_bias", "teacher_scales", "teacher_shifts"),
+    *("edges", "progress", "features", "curves"),
+)
 Inputs = dict[str, Any]
 
 
@@ -62,6 +65,7 @@ def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
         "mask": lambda: (
             torch.arange(lead.numel() if isinstance(lead, torch.Size) else torch.Size(lead).numel()).view(lead) % 3 != 1
         ),
+        "attention_mask": lambda: torch.arange(T) <= torch.arange(B).unsqueeze(1) % T,
         "index": lambda: torch.randperm(N, generator=g)[:B],
         "domain": lambda: torch.randint(2, (B,), generator=g),
         "weights": lambda: torch.rand(B, generator=g, dtype=torch.float64) + 0.1,
@@ -78,6 +82,14 @@ def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
         "logits": lambda: normal(*lead, C),
         "feats": lambda: [normal(B, 3 + 2 * wide, 8, 8), normal(B, 4 + 2 * wide, 4, 4)],
         "attn": lambda: [normal(B, 2, T, T).softmax(-1) for _ in range(2 + wide)],
+        "tokens": lambda: normal(B, T, 4 + 2 * wide),
+        "attn_scores": lambda: [normal(B, 2, T, T) for _ in range(2 + wide)],
+        "queries": lambda: [normal(B, T, 4 + 2 * wide) for _ in range(2 + wide)],
+        "keys": lambda: [normal(B, T, 4 + 2 * wide) for _ in range(2 + wide)],
+        "values": lambda: [normal(B, T, 4 + 2 * wide) for _ in range(2 + wide)],
+        "scales": lambda: [normal(5).abs() + 0.1, normal(6).abs() + 0.1],
+        "shifts": lambda: [normal(5), normal(6)],
+        "head_bias": lambda: normal(C),
         "emb": lambda: normal(B, 3 + wide),
         "hidden": lambda: normal(B, T, 3 + wide),
         "head": lambda: normal(C, 3 + wide),

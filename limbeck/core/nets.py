@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput, nearest
-from limbeck.core.taps import Taps, unwrap
+from limbeck.core.taps import Taps, untap, unwrap
 
 Batch = dict[str, Any]
 
@@ -73,10 +73,8 @@ def read_by(generator: nn.Module, numbers: int, what: str, device: torch.device)
 def reinitialised(module: nn.Module) -> nn.Module:
     """A trainable copy with new random weights from the global generator, by each layer's own `reset_parameters`."""
     fresh = copy.deepcopy(module)
+    untap(fresh)
     for name, layer in fresh.named_modules():
-        for key, hook in list(layer._forward_hooks.items()):
-            if getattr(hook, "__module__", "") == Taps.__module__:
-                del layer._forward_hooks[key]  # a tap reports on the module that it was put on, not on copies
         own = list(layer.parameters(recurse=False)) + list(layer.buffers(recurse=False))
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()

@@ -9,6 +9,19 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Same:
+    """A key that is equal only to one of the very same thing, which it keeps alive: a dead thing's id is used again."""
+
+    thing: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
 @dataclass(frozen=True)
 class Part:
     """A weighted mean that has not been divided yet: weight * total / count.
@@ -49,7 +62,7 @@ def mean(values: Tensor, mask: Tensor | None = None) -> Part:
         return Part(values.sum(), values.numel(), key=values.numel())
     if mask.shape != values.shape[: mask.ndim] and values.shape != mask.shape[: values.ndim]:
         raise ValueError(f"mask {tuple(mask.shape)} does not fit values {tuple(values.shape)}")
-    key = (id(mask), values.shape)
+    key = (Same(mask), values.shape)
     if mask.ndim > values.ndim:  # per-example values under a per-token mask: an example counts if any token does
         mask = mask.flatten(values.ndim).any(-1)
     while mask.ndim < values.ndim:

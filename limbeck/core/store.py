@@ -102,11 +102,14 @@ def _short(content: bytes) -> int:
 
 def data_fingerprint(data: Table | Iterable[Batch], examples: int | None = None) -> str:
     """Hash of the inputs of all examples, whatever the order and size of the batches that bring them."""
-    count = _count(data, examples)
+    return _fingerprint(_all_digests(data, _count(data, examples)))
+
+
+def _all_digests(data: Table | Iterable[Batch], count: int) -> Array:
     digests = np.zeros(count, np.uint64)
     for batch in _batches(data, 1024):
         digests[batch["index"].numpy()] = _digests(batch["inputs"])
-    return _fingerprint(digests)
+    return digests
 
 
 def _fingerprint(digests: Array) -> str:
@@ -410,13 +413,35 @@ class Store:
             raise BadInput(
                 f"the store {folder} holds {done} of {spec['examples']} examples; run the capture again to finish it"
             )
-        for what, wanted in (("teacher", teacher_fingerprint), ("data", data_fingerprint)):
+        told = (("teacher", "by another teacher", teacher_fingerprint), ("data", "from other data", data_fingerprint))
+        for what, how, wanted in told:
             if wanted is not None and spec[what] != wanted:
                 raise BadInput(
-                    f"the store {folder} is stale: it was made with another {what} ({_brief(spec[what])}, now "
-                    f"{_brief(wanted)}); capture it again"
+                    f"the store {folder} is stale: it was made {how} ({_brief(spec[what])}, now {_brief(wanted)}); "
+                    "capture it again"
                 )
         return Store(folder, spec)
+
+    def check(self, table: Table, settings: Mapping[str, Any]) -> None:
+        """Raise BadInput, with what differs, unless it was captured from this table with these settings.
+
+        settings: of `topk`, `views`, `augment` and `bits` those that are asked for.
+        """
+        for key, value in settings.items():
+            if self.spec[key] != value:
+                raise BadInput(
+                    f"the store {self.folder} was captured with `{key}` {self.spec[key]!r}, asked for is {value!r}; "
+                    f"capture another, or leave `{key}` out"
+                )
+        if len(table) != self.examples:
+            differs = f"it holds {self.examples} examples, and {table.name} has {len(table)}"
+        elif (other := np.flatnonzero(_all_digests(table, self.examples) != self.arrays["digests"])).size:
+            scaled = table.kind == "images" and list(table.black) != self.spec["fill"]
+            why = ", whose pictures are normalised otherwise" if scaled else f", the first of them number {other[0]}"
+            differs = f"it was made from other data: {other.size} of {self.examples} examples of {table.name} differ{why}"
+        else:
+            return
+        raise BadInput(f"the store {self.folder} is stale: {differs}; capture it again")
 
     @property
     def full(self) -> bool:

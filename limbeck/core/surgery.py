@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.taps import Taps
+from limbeck.core.taps import untap
 
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -15,10 +15,7 @@ Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def copied(module: nn.Module) -> nn.Module:
     """A copy with storage of its own, trainable as a whole; taps stay with the original."""
     fresh = copy.deepcopy(module)
-    for layer in fresh.modules():
-        for key, hook in list(layer._forward_hooks.items()):
-            if getattr(hook, "__module__", "") == Taps.__module__:
-                del layer._forward_hooks[key]  # it would go on writing to the original's taps
+    untap(fresh)
     return fresh.requires_grad_(True)
 
 

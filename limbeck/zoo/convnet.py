@@ -10,7 +10,8 @@ from limbeck.core.card import require
 class ConvNet(nn.Module):
     """`depth` blocks of convolution, norm, ReLU and 2x2 mean, then one linear layer on the flattened map.
 
-    Returns logits [B, classes], feats (the map after each block) and emb [B, width * h * w], the flattened last map.
+    Returns logits [B, classes], feats (the map after each block), emb [B, width * h * w], which is the flattened last
+    map, head [classes, width * h * w] and head_bias.
     Pictures of 28x28 are padded to 32x32 by the first convolution, as in the paper's code.
     """
 
@@ -33,7 +34,8 @@ class ConvNet(nn.Module):
             x = block(x)
             feats.append(x)
         emb = x.flatten(1)
-        return {"logits": self.head(emb), "feats": feats, "emb": emb}
+        head = {"head": self.head.weight, "head_bias": self.head.bias}
+        return {"logits": self.head(emb), "feats": feats, "emb": emb, **head}
 
 
 def convnet(
@@ -65,7 +67,8 @@ class MLP(nn.Module):
         for block in self.blocks:
             x = block(x)
             feats.append(x)
-        return {"logits": self.head(x), "feats": feats, "emb": x}
+        head = {"head": self.head.weight, "head_bias": self.head.bias}
+        return {"logits": self.head(x), "feats": feats, "emb": x, **head}
 
 
 def mlp(*, classes: int, size: int, channels: int | None = None, width: int = 128, depth: int = 2) -> MLP:

@@ -22,7 +22,7 @@ from limbeck.zoo.convnet import convnet, mlp
 from limbeck.zoo.denoise import denoiser_mlp, generator, unet
 from limbeck.zoo.resnet import resnet, wrn
 from limbeck.zoo.text import bag, text_cnn
-from limbeck.zoo.transformer import tiny_lm, vit_tiny
+from limbeck.zoo.transformer import text_encoder, tiny_lm, vit_tiny
 
 __all__ = ["DENOISERS", "NETS", "build"]
 
@@ -36,6 +36,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "vit_tiny": vit_tiny,
     "bag": bag,
     "text_cnn": text_cnn,
+    "text_encoder": text_encoder,
     "tiny_lm": tiny_lm,
     "unet": unet,
     "denoiser_mlp": denoiser_mlp,

@@ -59,7 +59,8 @@ class WideBlock(nn.Module):
 class ResNet(nn.Module):
     """A stem, three stages of blocks at full, half and quarter resolution, global mean, one linear layer.
 
-    Returns logits [B, classes], feats (the map after each stage) and emb [B, widest]. `blocks` holds every block.
+    Returns logits [B, classes], feats (the map after each stage), emb [B, widest], head [classes, widest] and
+    head_bias. `blocks` holds every block.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ class ResNet(nn.Module):
             x = block(x)
         x = self.relu(self.norm(x)) if self.wide else x
         emb = x.mean((2, 3))
-        return {"logits": self.head(emb), "feats": [*feats, x], "emb": emb}
+        head = {"head": self.head.weight, "head_bias": self.head.bias}
+        return {"logits": self.head(emb), "feats": [*feats, x], "emb": emb, **head}
 
 
 def resnet(*, classes: int, channels: int, depth: int = 20, width: int = 16) -> ResNet:

@@ -1,6 +1,7 @@
-"""Small transformers: a language model and a picture classifier that share one block."""
+"""Small transformers: a language model and classifiers of pictures and texts that share one block."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import require
+from limbeck.core.errors import BadInput
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -21,7 +23,10 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; returns its output and, when `maps` is on, the attention [B, h, T, T]."""
+    """Multi-head self-attention; returns its output and, when `maps` is on, what it looked at (see `TOLD`).
+
+    real [B, T]: False where nobody may look, as at padding.
+    """
 
     def __init__(self, width: int, heads: int, causal: bool, rotary: bool, maps: bool) -> None:
         super().__init__()
@@ -29,22 +34,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, width = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        flat = self.qkv(x)
+        q, k, v = flat.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        attention = None
+        told: dict[str, Tensor] = {}
+        allowed = None if real is None else real[:, None, None]
         if self.maps:
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            hidden = scores
             if self.causal:
                 later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-                scores = scores.masked_fill(later, float("-inf"))
-            attention = scores.softmax(-1)
+                hidden = hidden.masked_fill(later, float("-inf"))
+            if allowed is not None:
+                hidden = hidden.masked_fill(~allowed, float("-inf"))
+            attention = hidden.softmax(-1)
             mixed = attention @ v
+            queries, keys, values = flat.chunk(3, -1)
+            told = dict(zip(TOLD, (attention, scores, queries, keys, values), strict=True))
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).reshape(b, t, width)), attention
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).reshape(b, t, width)), told
+
+
+# Attention [B, h, T, T] after and before the softmax; queries, keys and values [B, T, D], heads side by side.
+TOLD = ("attn", "attn_scores", "queries", "keys", "values")
 
 
 class Block(nn.Module):
@@ -58,10 +74,23 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        mixed, attention = self.attention(self.norm1(x))
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        mixed, told = self.attention(self.norm1(x), real)
         x = x + mixed
-        return x + self.down(F.gelu(self.up(self.norm2(x)))), attention
+        return x + self.down(F.gelu(self.up(self.norm2(x)))), told
+
+
+def _through(
+    blocks: Iterable[nn.Module], x: Tensor, real: Tensor | None = None
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """The last block's output, and by name what every block showed: feats, and `TOLD` when maps are on."""
+    seen: dict[str, list[Tensor]] = {"feats": []}
+    for block in blocks:
+        x, told = block(x, real)
+        seen["feats"].append(x)
+        for name, value in told.items():
+            seen.setdefault(name, []).append(value)
+    return x, seen
 
 
 def _start(module: nn.Module) -> None:
@@ -76,7 +105,7 @@ class LanguageModel(nn.Module):
     """GPT-like: each place sees itself and what came before, and its logits are of the next token.
 
     Returns logits [B, T, V], feats (after each block [B, T, D]), hidden [B, T, D] before the head, head [V, D], and
-    attn when asked for. `length` is the longest text it can read; None with rotary positions, which have no end.
+    `TOLD` when asked for. `length` is the longest text it can read; None with rotary positions, which have no end.
     """
 
     def __init__(
@@ -97,14 +126,9 @@ class LanguageModel(nn.Module):
         x = self.embed(inputs)
         if self.places is not None:
             x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
-        feats, maps = [], []
-        for block in self.blocks:
-            x, attention = block(x)
-            feats.append(x)
-            maps.append(attention)
+        x, seen = _through(self.blocks, x)
         hidden = self.norm(x)
-        out = {"logits": self.head(hidden), "feats": feats, "hidden": hidden, "head": self.head.weight}
-        return out if maps and maps[0] is None else {**out, "attn": maps}
+        return {**seen, "logits": self.head(hidden), "hidden": hidden, "head": self.head.weight}
 
 
 def tiny_lm(
@@ -118,7 +142,7 @@ def tiny_lm(
     attn: bool = False,
 ) -> LanguageModel:
     """width: of the residual stream, a multiple of 2 heads. layers, heads: of attention. length: longest text, which
-    makes positions learned instead of rotary. tied: the head is the embedding. attn: also return attention maps."""
+    makes positions learned instead of rotary. tied: the head is the embedding. attn: also return `TOLD`."""
     require(width % (2 * heads) == 0, "width", width, f"a multiple of 2 x {heads} heads")
     return LanguageModel(vocab, width, layers, heads, length, tied, attn)
 
@@ -126,7 +150,8 @@ def tiny_lm(
 class ViT(nn.Module):
     """A vision transformer (Dosovitskiy et al. 2020) without class token: the mean over patches is classified.
 
-    Returns logits [B, classes], feats (patches after each block [B, T, D]), emb [B, D], and attn when asked for.
+    Returns logits [B, classes], feats (patches after each block [B, T, D]), emb [B, D], head [classes, D], head_bias,
+    and `TOLD` when asked for.
     """
 
     def __init__(
@@ -143,14 +168,9 @@ class ViT(nn.Module):
 
     def forward(self, inputs: Tensor) -> dict[str, Any]:
         x = self.patches(inputs).flatten(2).transpose(1, 2) + self.places
-        feats, maps = [], []
-        for block in self.blocks:
-            x, attention = block(x)
-            feats.append(x)
-            maps.append(attention)
+        x, seen = _through(self.blocks, x)
         emb = self.norm(x).mean(1)
-        out = {"logits": self.head(emb), "feats": feats, "emb": emb}
-        return out if maps and maps[0] is None else {**out, "attn": maps}
+        return {**seen, "logits": self.head(emb), "emb": emb, "head": self.head.weight, "head_bias": self.head.bias}
 
 
 def vit_tiny(
@@ -165,8 +185,60 @@ def vit_tiny(
     attn: bool = False,
 ) -> ViT:
     """patch: side of a patch in pixels, a divisor of the picture's; the smallest from 2 and an eighth up if left out.
-    width, layers, heads: of the transformer. attn: also return attention maps."""
+    width, layers, heads: of the transformer. attn: also return `TOLD`."""
     patch = patch or next(p for p in range(max(2, size // 8), size + 1) if size % p == 0)
     require(size % patch == 0, "patch", patch, f"a divisor of the picture's side {size}")
     require(width % heads == 0, "width", width, f"a multiple of {heads} heads")
     return ViT(classes, channels, size, patch, width, layers, heads, attn)
+
+
+class TextEncoder(nn.Module):
+    """A bidirectional transformer over token ids, where id 0 is padding; the mean over real tokens is classified.
+
+    Returns logits [B, classes], tokens [B, T, D] before the first block, feats (after each block [B, T, D]), emb [B, D]
+    and head [classes, D], head_bias, and `TOLD` when asked for.
+    """
+
+    def __init__(
+        self, classes: int, vocab: int, width: int, layers: int, heads: int, length: int, dropout: float, maps: bool
+    ) -> None:
+        super().__init__()
+        self.length = length
+        self.embed = nn.Embedding(vocab, width, padding_idx=0)
+        self.places = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, False, False, maps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+        _start(self)
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        if inputs.shape[1] > self.length:
+            raise BadInput(
+                f"this encoder reads {self.length} tokens at most, got {inputs.shape[1]}: raise its `length`"
+            )
+        real = inputs != 0
+        real = real | ~real.any(1, keepdim=True)  # a text of padding alone looks at all of it: attention needs a place
+        tokens = self.embed(inputs) + self.places(torch.arange(inputs.shape[1], device=inputs.device))
+        x, seen = _through(self.blocks, self.dropout(tokens), real)
+        weight = real.unsqueeze(-1).to(x.dtype)
+        emb = (self.norm(x) * weight).sum(1) / weight.sum(1)
+        out = {"logits": self.head(self.dropout(emb)), "tokens": tokens, "emb": emb}
+        return {**seen, **out, "head": self.head.weight, "head_bias": self.head.bias}
+
+
+def text_encoder(
+    *,
+    classes: int,
+    vocab: int,
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    length: int = 64,
+    dropout: float = 0.1,
+    attn: bool = False,
+) -> TextEncoder:
+    """width, layers, heads: of the transformer. length: longest text. dropout: of the embedded tokens and before the
+    head, in [0, 1). attn: also return `TOLD`."""
+    require(width % heads == 0, "width", width, f"a multiple of {heads} heads")
+    return TextEncoder(classes, vocab, width, layers, heads, length, dropout, attn)

@@ -23,7 +23,6 @@ from limbeck import catalogue, recipe
 from limbeck.adapters.files import Source
 from limbeck.core.find import ROOT, family, folder, get, knobs, names, needs, wants
 from limbeck.core.knobs import annotations
-from limbeck.core.loop import Plan
 from limbeck.core.names import NAMES
 from limbeck.core.optim import OPTIMIZERS
 from limbeck.describe import OTHERS
@@ -174,7 +173,7 @@ def methods_page() -> str:
 def catalogue_page() -> str:
     """Every paper's row and its level, from recipes, vectors and evidence."""
     rows = catalogue.rows()
-    lines = ["# Catalogue", "", f"{len(rows)} papers. A level is computed from what ran, never typed."]
+    lines = ["# Catalogue", "", f"{len(rows)} rows. A level is computed from what ran, never typed."]
     lines += table("level | means", [(code(level), cell(catalogue.MEANING[level])) for level in catalogue.LEVELS])
     return "\n".join([*lines, catalogue.markdown(rows)])
 
@@ -203,29 +202,6 @@ PLACES = {
     "store": "`store`",
     "judge": "`judge`",
     "expect": "`expect`",
-}
-# What the loop's plan or the key's own name says better than a description would, is not described in the model.
-PLAIN = {
-    ("recipe", "name"): "of the run folder and in the report",
-    ("recipe", "do"): "the verb",
-    ("recipe", "teacher"): "the network that is learned from",
-    ("recipe", "student"): "the network that learns",
-    ("recipe", "data"): "what is learned on and judged by; see [Data](data.md)",
-    ("recipe", "train"): "how long and how to train; default: 10 epochs",
-    ("recipe", "judge"): "condense: how the set is judged",
-    ("recipe", "measure"): "what is measured on the test part; default: accuracy with class labels, else nll",
-    ("recipe", "expect"): "what `limbeck verify` should find",
-    ("recipe", "stages"): "recipes that run one after the other; then no other key but `name`, `row`, `expect` is read",
-    ("train", "epochs"): "passes over the training part; may be a fraction",
-    ("train", "minutes"): "stop after that time; schedules then follow the clock",
-    ("train", "batch_size"): "examples of a batch, over all processes",
-    ("train", "precision"): "of the networks, by autocast; weights and losses stay in fp32",
-    ("judge", "net"): "architecture that the set is made with and judged by; `kernel` is kernel ridge regression",
-    ("judge", "train"): "of each fresh network",
-    ("judge", "augment"): "as in `data`",
-    ("expect", "metric"): "the metric that decides",
-    ("expect", "beats"): "the arm that the student is compared with",
-    ("expect", "seeds"): "how many seeds `limbeck verify` runs",
 }
 
 
@@ -268,7 +244,6 @@ def default_of(info: FieldInfo) -> str:
 
 def recipe_keys() -> str:
     """The keys of a recipe and of its blocks."""
-    plan = said_of([f.name for f in fields(Plan)], inspect.getdoc(Plan) or "")
     lines: list[str] = []
     for name, model in BLOCKS.items():
         said = " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
@@ -276,10 +251,9 @@ def recipe_keys() -> str:
         lines += ["", f"### {name}", "", where + said.replace("{", "`{").replace("}", "}`")]
         rows = []
         for key, info in model.model_fields.items():
-            means = info.description or PLAIN.get((name, key)) or (plan.get(key, "") if name == "train" else "")
-            if not means:
+            if not info.description:
                 raise SystemExit(f"the key {name}.{key} of a recipe is not described: give its field a description")
-            rows.append((code(key), kind_of(info.annotation) + bounds(info), default_of(info), ended(means)))
+            rows.append((code(key), kind_of(info.annotation) + bounds(info), default_of(info), ended(info.description)))
         lines += table("key | value | default | meaning", rows)
     return "\n".join(lines)
 

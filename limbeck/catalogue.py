@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,10 @@ def home() -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """One paper. methods: names here that fulfil it. recipe: its file below recipes/. level: what evidence supports."""
+    """One paper. methods: names here that fulfil it. recipe: its file below recipes/. level: what evidence supports.
+
+    tier: 1 to 4 as in catalogue/papers.jsonl; 0 for a method whose paper has no row there, which stands by its card.
+    """
 
     key: str
     title: str
@@ -116,17 +119,23 @@ def _stored() -> list[dict[str, Any]]:
 
 
 def rows(family: str = "") -> list[Row]:
-    """Every row, or those of one family, with methods, recipe and level as they are now."""
+    """Every row, or those of one family, with methods, recipe and level as they are now; methods without one follow."""
     stored = _stored()
+    stored += _by_card({r["key"] for r in stored})
     families = {r["family"] for r in stored}
     if family and family not in families:
         raise BadInput(f"the catalogue has no family {family!r}{nearest(family, families)}")
-    out = []
-    for r in stored:
-        if family and r["family"] != family:
-            continue
-        out.append(Row(**{**r, **_link(r["key"])}, level=level(r["key"]), gain=gain_text(r["key"])))
-    return out
+    chosen = [{**r, **_link(r["key"])} for r in stored if family in ("", r["family"])]
+    return [Row(**r, level=level(r["key"]), gain=gain_text(r["key"])) for r in chosen]
+
+
+def _by_card(known: set[str]) -> Iterator[dict[str, Any]]:
+    """What the cards say of methods whose papers have no row of their own; the family is the method's folder."""
+    for key, methods in implemented().items():
+        if key not in known:
+            card, folder = find.get(methods[0]).card, find.folder(methods[0])
+            about = {"title": card.paper, "year": card.year, "arxiv": card.arxiv, "code": card.code}
+            yield {"key": key, **about, "family": folder, "kind": "method", "tier": 0}
 
 
 def _link(key: str) -> dict[str, Any]:
@@ -169,20 +178,21 @@ def markdown(chosen: Iterable[Row]) -> str:
 
 
 def summary() -> str:
-    """The README's table: how many rows of each family stand at which level, and the rows that stand."""
+    """The README's table: how many papers of each family stand at which level, and the rows that stand."""
     everything = rows()
-    counts = Counter((r.family, r.level) for r in everything)
+    papers = [r for r in everything if r.tier]
+    counts = Counter((r.family, r.level) for r in papers)
     lines = ["| family | rows | " + " | ".join(LEVELS[1:]) + " |", "|---|---|" + "---|" * (len(LEVELS) - 1)]
-    for family in sorted({r.family for r in everything}):
+    for family in sorted({r.family for r in papers}):
         n = sum(v for (f, _), v in counts.items() if f == family)
         cells = " | ".join(str(counts[family, x] or "") for x in LEVELS[1:])
         lines.append(f"| {family.replace('_', ' ')} | {n} | {cells} |")
     standing = [r for r in everything if r.level != "none"]
-    lines += ["", f"{len(standing)} of {len(everything)} rows have evidence:", ""]
+    lines += ["", f"{sum(r.tier > 0 for r in standing)} of {len(papers)} rows have evidence:", ""]
     lines += ["| row | methods | level | gain over the control |", "|---|---|---|---|"]
-    lines += [f"| `{r.key}` | {', '.join(f'`{m}`' for m in r.methods)} | {r.level} | {r.gain} |" for r in standing]
-    beyond = [key for key in sorted(recipes()) if key not in {r.key for r in everything} and evidence(key)]
-    lines += [f"| (no row) | `{key}` | {level(key)} | {gain_text(key)} |" for key in beyond]
+    for r in standing:
+        key, methods = f"`{r.key}`" if r.tier else "(no row)", ", ".join(f"`{m}`" for m in r.methods)
+        lines.append(f"| {key} | {methods} | {r.level} | {r.gain} |")
     return "\n".join(lines)
 
 

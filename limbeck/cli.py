@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shlex
 import signal
 import sys
@@ -30,7 +31,13 @@ Folder = Annotated[Path | None, typer.Option("--out", help="run folder; default 
 
 def say(text: str = "") -> None:
     """Print to the user."""
-    typer.echo(text)
+    if first_process():
+        typer.echo(text)
+
+
+def first_process() -> bool:
+    """Whether this is the one of several processes (torchrun, accelerate launch) that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command()
@@ -61,6 +68,11 @@ def run(
         path = resume / "recipe.yaml"
         if not path.exists():
             raise BadInput(f"{resume} is no run folder: it holds no recipe.yaml")
+        if objects := recipes.objects_in(path):
+            raise BadInput(
+                f"the run in {resume} was made in Python with objects ({objects}); go on with it there: the same call "
+                f"with folder={str(resume)!r}, resume=True"
+            )
         chosen, out = recipes.load(path), resume
     elif recipe is None:
         raise BadInput("give a recipe file, or --resume FOLDER")
@@ -79,7 +91,7 @@ def run(
     if out is not None and resume is None:
         _free(out)
     folder = out or new_folder(Path("runs"), chosen.name)
-    with _stoppable(folder), live() as progress:
+    with _stoppable(folder), live(quiet=not first_process()) as progress:
         result = carry_out(chosen, folder=folder, resume=resume is not None, on_event=progress)
     from limbeck.report.tables import terminal
 
@@ -92,11 +104,16 @@ def run(
 
 def _free(folder: Path) -> None:
     """Refuse a place for a run that is taken."""
-    if (folder / "recipe.yaml").exists():
-        raise BadInput(f"{folder} holds a run already; go on with --resume {folder}, or choose another folder")
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise BadInput(f"{place} is a file; --out names a folder")
+    from limbeck.verbs.together import first
+
+    def look() -> None:
+        if (folder / "recipe.yaml").exists():
+            raise BadInput(f"{folder} holds a run already; go on with --resume {folder}, or choose another folder")
+        for place in (folder, *folder.parents):
+            if place.exists() and not place.is_dir():
+                raise BadInput(f"{place} is a file; --out names a folder")
+
+    first(look)
 
 
 @contextmanager
@@ -114,7 +131,8 @@ def _stoppable(folder: Path) -> Iterator[None]:
 def _show_table(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    if first_process():
+        Console().print(table)
 
 
 @app.command("list")
@@ -240,7 +258,7 @@ def verify(
         check_names(recipe_of(name)[1])  # of all, before the first long run
     gathered = []
     for i, name in enumerate(names):
-        with live(quiet=as_json) as progress:
+        with live(quiet=as_json or not first_process()) as progress:
             try:
                 found = one(name, seeds=seeds, on_event=progress)
             except (Interrupted, KeyboardInterrupt) as stop:
@@ -267,25 +285,20 @@ def tune(
     from dataclasses import asdict
 
     from limbeck.progress import live
-    from limbeck.report import numerals, statistics
     from limbeck.tune import tune as search
 
     try:
-        with live(quiet=as_json) as progress:
+        with live(quiet=as_json or not first_process()) as progress:
             found = search(recipe, grid, seeds=seeds, on_event=progress)
     except (Interrupted, KeyboardInterrupt) as stop:
         raise Interrupted("runs/tune; run the same command again to go on") from stop
     if as_json:
         say(json.dumps({**asdict(found), "best": found.best.overrides}, indent=1))
         return
-    higher = not numerals.lower_is_better(found.metric)
-    for trial in found.trials:
-        gain = statistics.gain(trial.student, trial.control, higher_is_better=higher)
-        told = numerals.gained(found.metric, gain.mean, higher)
-        spread = numerals.between(found.metric, gain.low, gain.high, higher)
-        mark = "  best" if trial is found.best else ""
-        say(f"{numerals.value(found.metric, trial.mean)}  {told} [{spread}]  {' '.join(trial.overrides)}{mark}")
-    say(f"validation {numerals.pretty(found.metric)}, gain over the control with its 95 % interval, {seeds} seeds")
+    for line in found.table():
+        say(line)
+    many = "s" if seeds > 1 else ""
+    say(f"on the validation split, {seeds} seed{many}; run the recipe with what you choose to see the test split")
 
 
 @app.command()
@@ -308,7 +321,7 @@ def label(
         _free(out)
     folder = out or new_folder(Path("runs"), chosen.name)
     try:
-        with live() as progress:
+        with live(quiet=not first_process()) as progress:
             result = carry_out(chosen, folder=folder, on_event=progress)
     except (Interrupted, KeyboardInterrupt) as stop:
         raise Interrupted(f"{folder.parent / '.stores'}; run the same command again to go on") from stop
@@ -385,7 +398,8 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _end(sentence: str, code: int) -> None:
-    typer.echo("limbeck: " + " ".join(sentence.split()), err=True)
+    if first_process() or code == 1:  # bad input and interruptions meet all processes alike
+        typer.echo("limbeck: " + " ".join(sentence.split()), err=True)
     sys.exit(code)
 
 
@@ -404,5 +418,5 @@ def main() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-if __name__ == "__main__":  # accelerate launch -m limbeck.cli run ...
+if __name__ == "__main__":
     main()

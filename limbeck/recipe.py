@@ -85,7 +85,9 @@ class Net(BaseModel):
     net: str = Field(description="zoo name, timm:NAME, hf:NAME_OR_PATH or file.py:Class")
     weights: str | None = Field(None, description="safetensors file, run folder, zoo/NAME, or random")
     taps: dict[str, str | list[str]] = Field(default_factory=dict, description="name -> layer paths to read")
-    train: "Train | None" = Field(None, description="train it first, when it has no weights, on the recipe's data")
+    train: "Train | None" = Field(
+        None, description="of a teacher without weights: train it first, on the recipe's data"
+    )
     data: dict[str, Any] = Field(default_factory=dict, description="changes to `data` for that training")
 
     @model_validator(mode="before")
@@ -124,21 +126,29 @@ class Data(BaseModel):
 class Train(_Strict):
     """How long and how to train. Give epochs or steps (steps count when both are there); minutes is a limit on top."""
 
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    minutes: float | None = Field(None, gt=0)
-    batch_size: int = Field(128, gt=0)
+    epochs: float | None = Field(None, gt=0, description="passes over the training part; may be a fraction")
+    steps: int | None = Field(None, gt=0, description="optimiser steps (a method may share them out over stages)")
+    minutes: float | None = Field(None, gt=0, description="stop after that time; schedules then follow the clock")
+    batch_size: int = Field(128, gt=0, description="examples of a batch, over all processes")
     per_class: int | None = Field(None, gt=0, description="class-balanced batches with that many of each class")
-    optimizer: Spec = Field(default_factory=lambda: {"adam": {"lr": 1e-3}})
+    optimizer: Spec = Field(
+        default_factory=lambda: {"adam": {"lr": 1e-3}}, description="of every player, unless the method has its own"
+    )
     optimizers: dict[str, Spec] = Field(default_factory=dict, description="by player, before the method's defaults")
-    schedule: Spec = "constant"
-    accumulate: int = Field(1, gt=0)
-    clip: float | None = Field(None, gt=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: float | None = Field(None, gt=0, lt=1)
-    validate_every: int | None = Field(None, ge=0, description="in steps; default: once an epoch")
+    schedule: Spec = Field("constant", description="of the learning rate")
+    accumulate: int = Field(1, gt=0, description="micro-batches a step")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm of a player")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the networks, by autocast; weights and losses stay in fp32"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of each trained network, for validation and as the result"
+    )
+    validate_every: int | None = Field(
+        None, ge=0, description="in steps; 0: at the end only; default: a tenth of the steps, with `select` an epoch"
+    )
     save_every: int = Field(0, ge=0, description="in steps; 0: only when interrupted")
-    log_every: int = Field(10, ge=0)
+    log_every: int = Field(10, ge=0, description="in steps; 0: the first and the last only")
     select: str = Field("", description="validation metric by which the best weights are kept; '' keeps the last")
     track: str = Field("", description="also log to this tracker: tensorboard")
 
@@ -157,18 +167,21 @@ class Store(_Strict):
 class Judge(_Strict):
     """How a condensed set is judged: fresh networks are trained on it."""
 
-    net: Net = Field(default_factory=lambda: Net(net="convnet"))
+    net: Net = Field(
+        default_factory=lambda: Net(net="convnet"),
+        description="architecture that the set is made with and judged by; `kernel` is kernel ridge regression",
+    )
     nets: int = Field(1, gt=0, description="fresh networks a seed")
-    train: Train = Field(default_factory=lambda: Train(epochs=300))
-    augment: list[Any] = Field(default_factory=list)
+    train: Train = Field(default_factory=lambda: Train(epochs=300), description="of each fresh network")
+    augment: list[Any] = Field(default_factory=list, description="as in `data`")
 
 
 class Expect(_Strict):
     """What the evidence should show."""
 
-    metric: str
-    beats: str = "control"
-    seeds: int = Field(5, gt=0)
+    metric: str = Field(description="the metric that decides")
+    beats: str = Field("control", description="the arm that the student is compared with")
+    seeds: int = Field(5, gt=0, description="how many seeds `limbeck verify` runs")
     published: float | None = Field(None, description="the paper's figure in this protocol")
     within: float | None = Field(None, gt=0, description="how near counts as reproduced")
 
@@ -178,30 +191,37 @@ class Recipe(_Strict):
 
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_unnamed)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    do: Verb = "teach"
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the run folder and in the report")
+    do: Verb = Field("teach", description="the verb")
     row: str = Field("", description="key of the catalogue row that this recipe stands for")
     seeds: Seeds = Field(default_factory=lambda: [0], description="a list, or how many")
-    teacher: Net | None = None
-    student: Net | None = None
+    teacher: Net | None = Field(None, description="the network that is learned from")
+    student: Net | None = Field(None, description="the network that learns")
     nets: dict[str, Net | list[Net]] = Field(default_factory=dict, description="further networks by role")
-    data: Data | None = None
+    data: Data | None = Field(None, description="what is learned on and judged by")
     method: Spec | None = Field(None, description="training, shape or data method; default: the plain scheme")
     match: list[Spec] = Field(["ce", "kd"], description="losses of the plain scheme")
-    train: Train = Field(default_factory=lambda: Train(epochs=10))
+    train: Train = Field(
+        default_factory=lambda: Train(epochs=10), description="how long and how to train; default: 10 epochs"
+    )
     steps: int = Field(1, gt=0, description="shorten: sampling steps of the student")
     teacher_steps: int = Field(18, gt=0, description="shorten: sampling steps of the teacher")
     ipc: int = Field(10, gt=0, description="condense: examples a class")
-    judge: Judge = Field(default_factory=Judge)
+    judge: Judge = Field(default_factory=Judge, description="condense: how the set is judged")
     store: Store | None = Field(None, description="teacher signals: written by label, read by teach")
-    measure: list[Spec] = Field(default_factory=list)
+    measure: list[Spec] = Field(
+        default_factory=list, description="what is measured; default: accuracy with class labels, else nll"
+    )
     split: Literal["test", "validation"] = Field(
         "test", description="part that the figures are taken on; validation while settings are chosen"
     )
     metric: str = Field("", description="the one figure that decides; default by verb and data")
     control: dict[str, Any] = Field(default_factory=dict, description="what the control changes besides its teacher")
-    expect: Expect | None = None
-    stages: list["Recipe"] = Field(default_factory=list)
+    expect: Expect | None = Field(None, description="what `limbeck verify` should find")
+    stages: list["Recipe"] = Field(
+        default_factory=list,
+        description="recipes that run one after the other; then no other key but `name`, `row`, `expect` is read",
+    )
     _written: Written = PrivateAttr(default_factory=Written)
 
     @model_validator(mode="before")
@@ -214,7 +234,7 @@ class Recipe(_Strict):
     @property
     def digest(self) -> str:
         """Hash of all that decides the result; the name does not."""
-        body = self.model_dump(mode="json", exclude={"name", "expect", "row"})
+        body = _usual(self.model_dump(mode="json", exclude={"name", "expect", "row"}))
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Recipe":
@@ -253,6 +273,12 @@ class Recipe(_Strict):
 
 Recipe.model_rebuild()
 Net.model_rebuild()
+
+
+def _usual(body: dict[str, Any]) -> dict[str, Any]:
+    """Without `split` where it is the test part: evidence is older than that key."""
+    told = {key: value for key, value in body.items() if (key, value) != ("split", "test")}
+    return told | {"stages": [_usual(stage) for stage in body["stages"]]}
 
 
 MODELS: dict[Any, type[BaseModel]] = {
@@ -510,7 +536,20 @@ def _index(items: list[Any], part: str, override: str) -> int:
     raise BadInput(f"the override {override!r}: {part!r} is not in the list{nearest(part, map(str, names))}")
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML, without what was left at its default."""
+OBJECTS = "# made in Python with objects: "
+
+
+def dump(recipe: Recipe, objects: Sequence[str] = ()) -> str:
+    """The recipe as YAML, without what was left at its default.
+
+    objects: what was given as an object in Python, such as "student": the recipe alone cannot make it again.
+    """
     body = {"name": recipe.name, "do": recipe.do, **recipe.model_dump(mode="json", exclude_unset=True)}
-    return yaml.safe_dump(body, sort_keys=False, width=120)
+    note = f"{OBJECTS}{', '.join(objects)}\n" if objects else ""
+    return note + yaml.safe_dump(body, sort_keys=False, width=120)
+
+
+def objects_in(path: Path) -> str:
+    """What the run that wrote a recipe down was given as objects: "teacher, data"; '' when the recipe says it all."""
+    head = path.read_text(errors="replace").partition("\n")[0]
+    return head.removeprefix(OBJECTS) if head.startswith(OBJECTS) else ""

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +17,20 @@ import torch
 from torch import nn
 
 from limbeck.core import find
-from limbeck.core.batches import Splits
+from limbeck.core.batches import Splits, Table
+from limbeck.core.checkpoint import fingerprint
 from limbeck.core.errors import BadInput, nearest
+from limbeck.core.store import data_fingerprint
 from limbeck.recipe import Recipe, dump
 from limbeck.report import numerals, statistics
-from limbeck.verbs import build, label
+from limbeck.verbs import build, label, teach
 from limbeck.verbs.check import VERBS, check_names, untouched
 from limbeck.verbs.result import Result
-from limbeck.verbs.setting import Event, Outcome, Setting
+from limbeck.verbs.setting import Event, Outcome, Setting, record
+from limbeck.verbs.together import first, leads
 
 REPORTED = ("torch", "numpy", "accelerate", "safetensors", "limbeck")
+EVERYWHERE = ("core", "zoo", "verbs", "adapters", "measure")  # folders of code that decide every figure
 
 
 def run(
@@ -62,8 +67,7 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
         return alone
     verb = VERBS[recipe.do]
     began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump(recipe))
+    record(recipe, folder, setting.objects)
     arms: dict[str, list[Outcome]] = {arm: [] for arm in verb.arms(recipe)}
     artefact: Any = None
     for seed in recipe.seeds:
@@ -77,16 +81,20 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
             elif arm == "student" and artefact is None and hasattr(verb, "artefact"):
                 artefact = verb.artefact(setting, where)
             arms[arm].append(outcome)
-    result = summary(recipe, arms, time.monotonic() - began)
-    if hasattr(verb, "pictures"):
-        result["pictures"] = verb.pictures(setting, folder)
-    _write(folder / "result.json", result)
-    from limbeck.report.page import html
-
-    html([folder], folder / "report.html")
-    gain = statistics.Gain(**result["gain"])
+    gain, result = summary(recipe, arms, time.monotonic() - began)
+    first(lambda: _report(setting, result))
     control = mean_metrics(arms.get("control", []))
     return Result(artefact, mean_metrics(arms["student"]), control, gain, result["verdict"], folder, arms)
+
+
+def _report(setting: Setting, result: dict[str, Any]) -> None:
+    """result.json, pictures and report.html."""
+    from limbeck.report.page import html
+
+    verb, folder = VERBS[setting.recipe.do], setting.folder
+    pictures = {"pictures": verb.pictures(setting, folder)} if hasattr(verb, "pictures") else {}
+    _write(folder / "result.json", {**result, **pictures})
+    html([folder], folder / "report.html")
 
 
 def one_arm(
@@ -96,7 +104,7 @@ def one_arm(
 
     shared: a control that another run in the same setting has finished is taken from there, and then made nothing.
     """
-    place = shared / _shared_key(setting.recipe, verb, arm, seed) if shared and arm != "student" else None
+    place = shared / _shared_key(setting, verb, arm, seed) if shared and arm != "student" else None
     if place is not None and (known := Outcome.load(place)) is not None:
         return known, None
     if setting.on_event is not None:
@@ -107,25 +115,36 @@ def one_arm(
     return outcome, made
 
 
-def _shared_key(recipe: Recipe, verb: ModuleType, arm: str, seed: int) -> str:
-    """What decides a control's result: its recipe without what only the student reads, the seed, and the code."""
-    body = (verb.control_recipe(recipe) if arm == "control" else recipe).model_dump(mode="json")
+def _shared_key(setting: Setting, verb: ModuleType, arm: str, seed: int) -> str:
+    """What decides a control: its recipe without what only the student reads, the seed, data, teacher and code."""
+    told = verb.control_recipe(setting.recipe) if arm == "control" else setting.recipe
+    body, methods = told.model_dump(mode="json"), tuple(verb.methods(told))
     for key in ("name", "row", "seeds", "expect", "control"):
         body.pop(key)
-    if arm != "control":
+    if arm not in ("control", "removal"):  # the teacher, or the whole training set
+        methods = ()
         for key in ("method", "match", "train"):
             body.pop(key)
-    text = json.dumps([recipe.do, arm, seed, body, source_digest()], sort_keys=True)
+    splits, teacher = setting.splits, setting.teacher
+    prints = [_content(splits.train), _content(splits.test), fingerprint(teacher) if teacher else ""]
+    text = json.dumps([told.do, arm, seed, body, prints, source_digest(methods)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+def _content(table: Table) -> str:
+    if "inputs" in table.columns:
+        return data_fingerprint(table)
+    return hashlib.sha256(json.dumps(table.rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
 @cache
-def source_digest() -> str:
-    """Hash of the code that every control runs through."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
-    for part in ("core", "zoo", "verbs", "train/plain"):
-        for file in sorted((root / part).rglob("*.py")):
-            digest.update(file.read_bytes())
+def source_digest(methods: tuple[str, ...] = ()) -> str:
+    """Hash of the code that every run goes through, and of the files of these methods."""
+    files = [file for part in EVERYWHERE for file in (find.ROOT / part).rglob("*.py")]
+    files += [find.ROOT.parent / f"{find.names()[name].replace('.', '/')}.py" for name in ("distill", *methods)]
+    digest = hashlib.sha256()
+    for file in sorted(set(files)):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -146,8 +165,10 @@ def deciding(recipe: Recipe, arms: Mapping[str, list[Outcome]]) -> str:
     return wanted
 
 
-def summary(recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float) -> dict[str, Any]:
-    """result.json: figures by arm and seed, the gain with its interval, versions, citations."""
+def summary(
+    recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float
+) -> tuple[statistics.Gain, dict[str, Any]]:
+    """The gain, and result.json: figures by arm and seed, the gain with its interval, versions, citations."""
     metric = deciding(recipe, arms)
     higher = not numerals.lower_is_better(metric)
     against = recipe.expect.beats if recipe.expect else "control"
@@ -156,7 +177,7 @@ def summary(recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float) -
     values = {arm: [o.metrics.get(metric, float("nan")) for o in outcomes] for arm, outcomes in arms.items()}
     gain = statistics.gain(values["student"], values[against], higher_is_better=higher, against=against)
     names = methods_of(recipe)
-    return {
+    return gain, {
         "name": recipe.name,
         "do": recipe.do,
         "metric": metric,
@@ -174,7 +195,7 @@ def summary(recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float) -
             }
             for arm, outcomes in arms.items()
         },
-        "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high, "n": gain.n, "against": against},
+        "gain": asdict(gain),
         "verdict": statistics.verdict(gain, metric, higher_is_better=higher, do=recipe.do),
         "versions": versions(),
         "commit": commit(),
@@ -187,8 +208,14 @@ def summary(recipe: Recipe, arms: Mapping[str, list[Outcome]], seconds: float) -
 
 
 def methods_of(recipe: Recipe) -> list[str]:
-    """Names of all methods that a recipe uses, each once."""
-    return list(dict.fromkeys(VERBS[recipe.do].methods(recipe))) if recipe.do in VERBS else []
+    """Names of all methods that a recipe and its stages use, each once."""
+    if recipe.stages:
+        found = [name for stage in recipe.stages for name in methods_of(stage)]
+    elif recipe.do == "train":
+        found = teach.methods(label.alone(recipe))
+    else:
+        found = VERBS[recipe.do].methods(recipe) if recipe.do in VERBS else []
+    return list(dict.fromkeys(found))
 
 
 def versions() -> dict[str, str]:
@@ -218,13 +245,14 @@ def commit() -> str:
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """runs/<name>-<time>, not yet there."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder, n = root / f"{name}-{stamp}", 1
-    while folder.exists():
-        n += 1
-        folder = root / f"{name}-{stamp}-{n}"
-    return folder
+    """runs/<name>-<time>, not yet there; the same for all processes."""
+
+    def free() -> Path:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        names = (f"{name}-{stamp}", *(f"{name}-{stamp}-{n}" for n in range(2, 100)))
+        return next(root / name for name in names if not (root / name).exists())
+
+    return first(free)
 
 
 def _write(path: Path, body: Mapping[str, Any]) -> None:
@@ -241,16 +269,16 @@ def _stages(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, 
 
 def _each_stage(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, shared: Path | None) -> Result:
     check_names(recipe)  # of all stages, before the first long one
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump(recipe))
+    record(recipe, folder)
     result: Result | None = None
     for stage in recipe.stages:
         place = folder / stage.name
         bound = _with_stages(stage, folder)
-        result = run(bound, folder=place, resume=resume and place.exists(), on_event=on_event, shared=shared)
+        begun = resume and first(place.exists)
+        result = run(bound, folder=place, resume=begun, on_event=on_event, shared=shared)
     assert result is not None
     for name in ("result.json", "report.html"):
-        if (result.folder / name).exists():
+        if leads() and (result.folder / name).exists():
             (folder / name).write_bytes((result.folder / name).read_bytes())
     return result
 
@@ -294,20 +322,26 @@ def in_python(
         "do": do,
         "seeds": seeds if isinstance(seeds, int) else list(seeds),
         **{role: spec for role, spec in names.items() if role in ("teacher", "student")},
-        **({"data": data} if isinstance(data, (str, dict)) else {}),
+        **({"data": str(data) if isinstance(data, Path) else data} if isinstance(data, (str, dict, Path)) else {}),
         **given,
     }
     from limbeck.recipe import check
 
     recipe = check(body, f"limbeck.{do}")
     where = Path(folder) if folder is not None else new_folder(Path("runs"), recipe.name)
-    if (record := where / "recipe.yaml").exists():
-        if not resume:
-            raise BadInput(f"{where} holds a run already; go on with resume=True, or choose another folder")
-        if record.read_text() != dump(recipe):
-            raise BadInput(f"{where} holds another run than the one asked for: see {record}; choose another folder")
-    elif resume:
-        raise BadInput(f"there is no run to go on with in {where}: it holds no recipe.yaml")
+    first(lambda: _free(where, dump(recipe, build.objects(networks, recipe)), resume))
     splits: Splits | None = build.as_splits(data, recipe)
     setting = build.setting(recipe, where, on_event, resume, splits=splits, networks=networks)
     return carry_out(setting)
+
+
+def _free(folder: Path, recipe: str, resume: bool) -> None:
+    """Refuse a folder that holds a run already, or, when resuming, none or another."""
+    record = folder / "recipe.yaml"
+    if not record.exists():
+        if resume:
+            raise BadInput(f"there is no run to go on with in {folder}: it holds no recipe.yaml")
+    elif not resume:
+        raise BadInput(f"{folder} holds a run already; go on with resume=True, or choose another folder")
+    elif record.read_text() != recipe:
+        raise BadInput(f"{folder} holds another run than the one asked for: see {record}; choose another folder")

@@ -5,17 +5,19 @@ The seeds of a search start at 100, so that the evidence, whose seeds start at 0
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.core.errors import BadInput
 from limbeck.recipe import Recipe, load
 from limbeck.report import numerals
+from limbeck.report.statistics import gain as gain_of
 from limbeck.run import deciding, one_arm
 from limbeck.verbs import build
 from limbeck.verbs.check import VERBS, check_names
 from limbeck.verbs.setting import Event, Outcome
+from limbeck.verbs.together import first
 from limbeck.verify import code_digest
 
 FIRST_SEED = 100
@@ -47,6 +49,23 @@ class Search:
         """The trial whose students are best on the mean."""
         pick = min if numerals.lower_is_better(self.metric) else max
         return pick(self.trials, key=lambda trial: trial.mean)
+
+    def table(self) -> Iterator[str]:
+        """A line a trial below a head: the settings, the student's mean, and its gain with the 95 % interval."""
+        higher = not numerals.lower_is_better(self.metric)
+        keys = [override.partition("=")[0] for override in self.trials[0].overrides]
+        rows = [[*keys, numerals.pretty(self.metric), "gain over the control", ""]]
+        for trial in self.trials:
+            gain = gain_of(trial.student, trial.control, higher_is_better=higher)
+            told = numerals.gained(self.metric, gain.mean, higher)
+            if gain.n > 1:
+                told += f" [{numerals.between(self.metric, gain.low, gain.high, higher)}]"
+            values = [override.partition("=")[2] for override in trial.overrides]
+            mark = "best" if trial is self.best else ""
+            rows.append([*values, numerals.value(self.metric, trial.mean), told, mark])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def combinations(grid: Sequence[str]) -> list[tuple[str, ...]]:
@@ -82,6 +101,9 @@ def tune(
     chosen = [(overrides, _prepared(load(path, overrides), seeds)) for overrides in combinations(grid)]
     for _, recipe in chosen:
         check_names(recipe)
+    for _, recipe in chosen:
+        if not first((place := _place(recipe, root)).exists):
+            build.setting(recipe, place, on_event, False)  # rehearses it
     trials, metric = [], ""
     for overrides, recipe in chosen:
         arms = _arms(recipe, root, on_event)
@@ -97,11 +119,15 @@ def _prepared(recipe: Recipe, seeds: int) -> Recipe:
     return recipe.model_copy(update={"split": "validation", "seeds": list(range(FIRST_SEED, FIRST_SEED + seeds))})
 
 
+def _place(recipe: Recipe, root: Path) -> Path:
+    """The folder of a combination, whatever the number of seeds."""
+    key = recipe.model_copy(update={"seeds": [0]}).digest
+    return root / "tune" / f"{recipe.name}-{key}-{code_digest(recipe)}"
+
+
 def _arms(recipe: Recipe, root: Path, on_event: Event | None) -> dict[str, list[Outcome]]:
-    verb = VERBS[recipe.do]
-    key = recipe.model_copy(update={"seeds": [0]}).digest  # more seeds go on in the same folder
-    folder, shared = root / "tune" / f"{recipe.name}-{key}-{code_digest(recipe)}", root / "tune" / "shared"
-    setting = build.setting(recipe, folder, on_event, folder.exists())
+    verb, folder, shared = VERBS[recipe.do], _place(recipe, root), root / "tune" / "shared"
+    setting = build.setting(recipe, folder, on_event, resume=True)
     out: dict[str, list[Outcome]] = {"student": [], "control": []}
     for seed in recipe.seeds:
         for arm, outcomes in out.items():

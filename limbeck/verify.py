@@ -3,7 +3,6 @@
 Nothing else writes there. An interrupted verify goes on where it stopped, seed by seed and step by step.
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import catalogue
-from limbeck.core import find
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
 from limbeck.run import methods_of, run, source_digest
 from limbeck.verbs.check import VERBS, check_names
+from limbeck.verbs.result import Result
+from limbeck.verbs.together import first
 
 
 def recipe_of(name: str) -> tuple[str, Recipe]:
@@ -35,7 +35,10 @@ def recipe_of(name: str) -> tuple[str, Recipe]:
 
 
 def with_seeds(recipe: Recipe, count: int) -> Recipe:
-    """The recipe over that many seeds; of several stages, the last one, whose result is the evidence."""
+    """The recipe over that many seeds; of several stages, the last one, whose result is the evidence.
+
+    What earlier stages make is then the same for every seed: it is where all of them start, as a teacher is.
+    """
     seeds = list(range(count))
     if not recipe.stages:
         return recipe.model_copy(update={"seeds": seeds})
@@ -46,13 +49,17 @@ def with_seeds(recipe: Recipe, count: int) -> Recipe:
 
 def code_digest(recipe: Recipe) -> str:
     """Hash of all code that decides the figures: evidence of other code than today's is not taken up again."""
-    methods = {name for stage in recipe.stages or [recipe] for name in methods_of(stage)}
-    files = [find.ROOT.parent / Path(*find.names()[name].split(".")).with_suffix(".py") for name in methods]
-    files += [*(find.ROOT / "measure").rglob("*.py"), *(find.ROOT / "adapters").rglob("*.py")]
-    digest = hashlib.sha256(source_digest().encode())
-    for file in sorted(files):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
+    return source_digest(tuple(sorted(used(recipe))))[:8]
+
+
+def used(recipe: Recipe) -> set[str]:
+    """Names of the methods that decide the figures: of all stages, of controls, of teachers that are trained first."""
+    if recipe.stages:
+        return set().union(*map(used, recipe.stages))
+    out = set(methods_of(recipe))
+    if recipe.do in VERBS:
+        out |= set(methods_of(VERBS[recipe.do].control_recipe(recipe)))
+    return out | ({"ce", "denoising"} if recipe.teacher and recipe.teacher.train else set())
 
 
 def verify(
@@ -67,8 +74,6 @@ def verify(
     seeds: how many (default: what the recipe expects, 5). root: where runs and shared controls are kept. Work of the
     same recipe and the same code that was interrupted, or ran over fewer seeds, is taken up again.
     """
-    from limbeck import conformance
-
     key, recipe = recipe_of(name)
     last = recipe.stages[-1] if recipe.stages else recipe
     expect = recipe.expect or last.expect
@@ -78,10 +83,19 @@ def verify(
         raise BadInput(f"{recipe.name}: `{last.do}` has no control, so there is no evidence to gather")
     folder = root / "verify" / f"{key}-{recipe.digest}-{code_digest(recipe)}"
     shared = root / "verify" / "shared"
-    result = run(with_seeds(recipe, count), folder=folder, resume=folder.exists(), on_event=on_event, shared=shared)
+    bound, begun = with_seeds(recipe, count), first(folder.exists)
+    result = run(bound, folder=folder, resume=begun, on_event=on_event, shared=shared)
+    return first(lambda: _gathered(key, recipe, name, folder, result))
+
+
+def _gathered(key: str, recipe: Recipe, name: str, folder: Path, result: Result) -> dict[str, Any]:
+    """The evidence, written; what is left of the work but the figures is taken away."""
+    from limbeck import conformance
+
+    expect = recipe.expect or (recipe.stages[-1] if recipe.stages else recipe).expect
     body = json.loads((result.folder / "result.json").read_text())
     checks = {}
-    for method in body["methods"]:
+    for method in methods_of(recipe):
         outcomes = conformance.run(method)
         checks[method] = {
             "checks": len(outcomes),

@@ -1,6 +1,7 @@
 """The Python API: any nn.Module or transformers model, any data, no YAML."""
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +46,9 @@ def test_teach_gives_the_student_its_figures_the_control_and_the_folder() -> Non
     assert result.artefact is not student
     assert set(result.metrics) == set(result.control) == {"accuracy"}
     assert isinstance(result.gain, Gain) and result.gain.n == 2 and result.gain.against == "control"
+    pairs = zip(result.arms["student"], result.arms["control"], strict=True)
+    assert result.gain.differences == tuple(s.metrics["accuracy"] - c.metrics["accuracy"] for s, c in pairs)
+    assert json.loads((result.folder / "result.json").read_text())["gain"]["differences"] == [*result.gain.differences]
     mean = sum(o.metrics["accuracy"] for o in result.arms["student"]) / 2
     assert result.metrics["accuracy"] == pytest.approx(mean)
     assert result.verdict in str(result) and str(result.folder) in str(result)
@@ -98,6 +102,7 @@ def test_an_interrupted_run_goes_on_with_the_same_call() -> None:
     assert all(a[k].equal(b[k]) for k in a) and whole.metrics == cut.metrics
     again = limbeck.teach(teacher, student, tensors(), folder="cut", resume=True, **options)
     assert again.metrics == whole.metrics
+    assert all(a[k].equal(v) for k, v in again.artefact.state_dict().items()), "nothing was trained, all is there"
     with pytest.raises(BadInput, match="no run to go on with in nowhere"):
         limbeck.teach(teacher, student, tensors(), folder="nowhere", resume=True, **options)
 
@@ -310,6 +315,17 @@ def test_shape_gives_a_smaller_network() -> None:
     assert list(result.arms) == ["student", "control", "removal", "teacher"]
     with pytest.raises(BadInput, match="'dml' is a method of train/online, not of shape"):
         limbeck.shape(teacher, tensors(), method="dml", **FEW)
+
+
+def test_a_run_with_objects_is_resumed_in_python(tmp_path: Path) -> None:
+    limbeck.teach(net(8), {"net": "mlp", "width": 4}, tensors(), folder="there", **FEW)
+    said = tiny.limbeck("run", "--resume", "there").said
+    assert said == (
+        "the run in there was made in Python with objects (teacher, data); go on with it there: the same call with "
+        "folder='there', resume=True"
+    )
+    limbeck.teach(None, {"net": "mlp", "width": 4}, tiny.data(tmp_path), match=["ce"], folder="named", **FEW)
+    assert tiny.limbeck("run", "--resume", "named").code == 0, "names alone can be read back"
 
 
 def test_run_takes_a_recipe(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ import yaml
 from limbeck import catalogue
 from limbeck.core import find
 from limbeck.core.errors import BadInput
-from limbeck.verify import code_digest, recipe_of, verify, with_seeds
+from limbeck.recipe import check
+from limbeck.run import _shared_key, methods_of, source_digest
+from limbeck.verbs.build import setting
+from limbeck.verbs.check import VERBS
+from limbeck.verify import code_digest, recipe_of, used, verify, with_seeds
 from tests import tiny
 from tests.test_cli import interrupted_at
 from tests.tiny import limbeck
@@ -135,8 +139,9 @@ def test_seeds_of_stages_are_those_of_the_last(home: Path, tmp_path: Path) -> No
     bound = with_seeds(recipe_of("kd")[1], 3)
     assert bound.stages[0].seeds == [0] and bound.stages[1].seeds == [0, 1, 2]
     body = verify("kd")
-    assert body["seeds"] == [0, 1] and body["gain"]["n"] == 2
+    assert body["seeds"] == [0, 1] and body["gain"]["n"] == 2 and set(body["conformance"]) == {"ce", "kd"}
     assert catalogue.level("kd") == "exact"
+    assert len(list(Path("runs/verify/shared").iterdir())) == 4, "control and teacher of both seeds"
     (folder,) = Path("runs/verify").glob("kd-*")
     again = limbeck("run", "--resume", folder)  # what is written down there is a recipe that can be read
     assert again.code == 0, again.err
@@ -153,11 +158,57 @@ def test_other_code_is_other_evidence(home: Path, monkeypatch: pytest.MonkeyPatc
     recipe = recipe_of("kd")[1]
     before = code_digest(recipe)
     assert code_digest(recipe) == before
-    monkeypatch.setattr("limbeck.verify.source_digest", lambda: "other")
+    monkeypatch.setattr("limbeck.verify.source_digest", lambda methods: "other")
     assert code_digest(recipe) != before
     monkeypatch.undo()
     other = recipe.with_changes({"match": ["ce", "dkd"]})
     assert code_digest(other) != code_digest(recipe), "the methods' own files count"
+
+
+def test_the_code_of_all_stages_counts() -> None:
+    first = {"name": "a", "do": "train", "method": "dml"}
+    last = {"name": "b", "match": ["rkd"], "teacher": {"net": "mlp", "train": {"epochs": 1}}}
+    staged = check({"name": "both", "stages": [first, last]}, "test")
+    assert used(staged) == {"dml", "rkd", "ce", "denoising"}
+    assert used(staged.stages[0]) == {"dml"} and methods_of(staged) == ["dml", "rkd"]
+    chain = check({"name": "c", "method": {"takd": {"match": ["dkd"]}}}, "test")
+    assert used(chain) == {"takd", "dkd", "ce"}, "what the method is given to match, not what stands beside it"
+
+
+def test_a_new_loss_leaves_controls_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("core", "losses", "measure", "adapters", "train"):
+        shutil.copytree(find.ROOT / part, tmp_path / "limbeck" / part)
+    monkeypatch.setattr(find, "ROOT", tmp_path / "limbeck")
+    digest = source_digest.__wrapped__
+    before = digest(("ce",))
+    (tmp_path / "limbeck/losses/logits/brand_new.py").write_text("# a loss that no control reads")
+    assert digest(("ce",)) == before
+    for file in ("losses/logits/ce.py", "measure/agree/accuracy.py", "adapters/files.py", "train/plain/distill.py"):
+        with (tmp_path / "limbeck" / file).open("a") as out:
+            out.write("# changed")
+        now = digest(("ce",))
+        assert now != before, file
+        before = now
+
+
+def test_controls_are_shared_where_all_that_decides_them_is_the_same(home: Path, tmp_path: Path) -> None:
+    def key(arm: str = "control", **changes: Any) -> str:
+        made = setting(check(tiny.body(tmp_path, **changes), "test"), tmp_path / "there", None, False)
+        return _shared_key(made, VERBS[made.recipe.do], arm, 0)
+
+    assert key() == key(match=["ce", "dkd"]) and key(name="other") == key()
+    assert key() != key(train={"steps": 7, "batch_size": 16}) and key() != key(split="validation")
+    assert key("teacher") == key("teacher", match=["dkd"], train={"steps": 7, "batch_size": 16}) != key()
+    before = key()
+    tiny.teacher(tmp_path, width=16, seed=2)  # the same file holds another teacher
+    assert key() != before
+    before = key()
+    tiny.data(tmp_path, 72)
+    assert key() != before
+    shaped = {"do": "shape", "student": None, "teacher": {"net": "resnet8", "width": 4, "weights": "random"}}
+    cut, other = ({"channel_pruning": {"ratio": ratio}} for ratio in (0.5, 0.25))
+    assert key("removal", **shaped, method=cut) != key("removal", **shaped, method=other)
+    assert key("teacher", **shaped, method=cut) == key("teacher", **shaped, method=other)
 
 
 # ---- levels ----------------------------------------------------------------------------------------------------------
@@ -193,7 +244,8 @@ def test_every_level_is_earned(home: Path) -> None:
 def test_the_catalogue_in_three_forms(home: Path) -> None:
     verify("kd", seeds=2)
     rows = {r["key"]: r for r in json.loads(limbeck("catalogue", "--json").out)}
-    assert set(rows) <= set(KEYS) and rows["kd"]["level"] == "exact" and rows["kd"]["recipe"] == "kd.yaml"
+    assert {k for k, r in rows.items() if r["tier"]} == set(KEYS) & set(rows)
+    assert rows["kd"]["level"] == "exact" and rows["kd"]["recipe"] == "kd.yaml"
     assert "kd" in rows["kd"]["methods"] and rows["dkd"]["methods"] == ["dkd"] and rows["dkd"]["level"] == "none"
     plain = limbeck("catalogue").out
     assert re.search(r"^kd +exact +\S*kd", plain, re.MULTILINE) and f"{len(rows)} rows: " in plain
@@ -209,9 +261,21 @@ def test_the_catalogue_in_three_forms(home: Path) -> None:
 def test_every_row_of_the_real_catalogue_can_be_printed() -> None:
     rows = json.loads(limbeck("catalogue", "--json").out)
     stored = (tiny.ROOT / "catalogue" / "papers.jsonl").read_text().splitlines()
-    assert len(rows) == len(stored) == len({r["key"] for r in rows})
+    assert len(rows) == len({r["key"] for r in rows}) and sum(r["tier"] > 0 for r in rows) == len(stored)
     assert {r["level"] for r in rows} <= set(catalogue.LEVELS)
     assert limbeck("catalogue", "--markdown").out.count("\n| `") == len(rows)
+
+
+def test_a_method_without_a_row_stands_by_its_card(home: Path) -> None:
+    card = find.get("rkd").card  # the catalogue of this home does not know it
+    row = next(r for r in json.loads(limbeck("catalogue", "--json").out) if r["key"] == "rkd")
+    assert (row["title"], row["year"], row["arxiv"]) == (card.paper, card.year, card.arxiv)
+    assert row["family"] == "losses/relations" and row["tier"] == 0 and row["methods"] == ["rkd"]
+    few = json.loads(limbeck("catalogue", "--json", "--family", "losses/relations").out)
+    assert "rkd" in {r["key"] for r in few} and {r["family"] for r in few} == {"losses/relations"}
+    assert re.search(r"^rkd +none +rkd ", limbeck("catalogue").out, re.MULTILINE)
+    assert "### losses/relations" in (table := limbeck("catalogue", "--markdown").out) and "| `rkd` |" in table
+    assert "rkd" not in (home / "catalogue" / "papers.jsonl").read_text()
 
 
 def test_rows_that_methods_and_recipes_name_exist() -> None:

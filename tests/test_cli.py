@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.tiny import command, environment, limbeck, recipe
 
-COMMANDS = "demo run list show new check catalogue verify label report export doctor schema".split()
+COMMANDS = "demo run list show new check catalogue verify tune label report export doctor schema".split()
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,16 @@ def test_every_command_explains_itself(name: str) -> None:
     assert called.code == 0 and f"limbeck {name}" in called.out.replace("\n", " ")
 
 
+def test_the_package_itself_is_a_command() -> None:
+    source = "import runpy, sys\ntry: runpy.run_module('limbeck', run_name='__main__', alter_sys=True)\n"
+    source += "finally: assert 'torch' not in sys.modules, 'torch'"
+    for call in (["-c", source], ["-m", "limbeck"]):
+        done = subprocess.run(
+            [sys.executable, *call, "--help"], env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and "Commands:" in done.stdout, done.stderr
+
+
 def test_a_wrong_command_or_option_is_bad_input() -> None:
     assert limbeck("tech").code == 2
     assert limbeck("list", "--famly", "losses").code == 2
@@ -68,6 +78,7 @@ def test_teach_leaves_a_run_with_its_control_and_a_report(tmp_path: Path) -> Non
     called = limbeck("run", recipe(tmp_path, seeds=2), "--out", "there")
     assert called.code == 0, called.err
     assert "report: there/report.html" in called.out and "the control" in called.out
+    assert "mlp, ce + kd, taught by mlp, seed 1" in called.err and "mlp, ce, no teacher, seed 1" in called.err
     body = result(Path("there"))
     assert list(body["arms"]) == ["student", "control", "teacher"]
     assert body["seeds"] == [0, 1] and len(body["arms"]["control"]["per_seed"]) == 2
@@ -330,6 +341,7 @@ import json, sys
 from unittest import mock
 import contextlib, io
 from limbeck.cli import main
+from limbeck import catalogue
 from limbeck.core import find
 out = []
 for line in json.load(sys.stdin):
@@ -340,12 +352,14 @@ for line in json.load(sys.stdin):
             except SystemExit as stop: code = stop.code
     out.append([code, said.getvalue()])
     find.names.cache_clear()  # as a new process would see it
+    catalogue.implemented.cache_clear()
 print(json.dumps(out))
 """
     calls = [
         ["new", "my_loss", "--in", "losses/logits"],
         ["list", "--family", "losses/logits"],
         ["show", "my_loss"],
+        ["catalogue"],
         ["check", "my_loss"],
         ["check", "kd", "--json"],
         ["new", "my_loss", "--in", "losses/features"],
@@ -361,11 +375,14 @@ print(json.dumps(out))
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    made, listed, shown, checked, kd, twice, folder, name = json.loads(done.stdout)
+    made, listed, shown, rows, checked, kd, twice, folder, name = json.loads(done.stdout)
     assert made[0] == 0 and Path("limbeck/losses/logits/my_loss.py").exists()
     assert json.loads(Path("tests/vectors/my_loss.json").read_text())["value"] is None
     assert "my_loss" in listed[1] and "my_loss  (losses/logits)" in shown[1]
+    assert rows[0] == 0 and re.search(r"^my_loss +none +my_loss ", rows[1], re.MULTILINE), rows[1]
     assert checked[0] == 1 and "FAILED    vector" in checked[1] and "passed    gradcheck" in checked[1]
+    assert "FAILED    reference: the vector is not filled in: `inputs.student_logits` is still null" in checked[1]
+    assert "Error" not in checked[1]
     assert kd[0] == 0 and all(o["passed"] for o in json.loads(kd[1]))
     assert twice[0] == 2 and "exists already" in twice[1]
     assert folder[0] == 2 and "did you mean `losses/logits`" in folder[1]

@@ -55,7 +55,7 @@ from limbeck.core.card import method, require
 from limbeck.core.maths import pair
 
 
-@method(paper="Ba and Caruana 2014, eq. 2", year=2013, arxiv="1312.6184", zero_at_match=True)
+@method(paper="Ba and Caruana 2014, section 2.2", year=2013, arxiv="1312.6184", zero_at_match=True)
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, scale: float = 1.0) -> Tensor:
     """scale mean_c (student_c - teacher_c)^2.  [..., C] x 2 -> [...]
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from limbeck.train.many.takd import TAKD
 from limbeck.train.online.dml import DML
 from limbeck.train.plain.distill import Distill
 from limbeck.train.self.ban import BAN
+from tests import tiny
 
 WORDS, LONG, TEXTS = 7, 6, 24
 SGD = {"sgd": {"lr": 0.5, "momentum": 0.9}}
@@ -61,7 +63,7 @@ def processes(world: int, folder: Path, scenario: Callable[..., Any], *given: An
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
     if "forkserver" in kinds:
         context.set_forkserver_preload(
-            ["torch", "torch._dynamo", "accelerate", "limbeck.core.loop", "limbeck.core.shard"]
+            ["torch", "torch._dynamo", "accelerate", "limbeck.core.loop", "limbeck.run", "limbeck.report.page"]
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -386,6 +388,74 @@ def test_a_checkpoint_of_two_processes_serves_one(tmp_path: Path):
     processes(2, tmp_path / "two", sharded, tmp_path / "cut", 2, False, 1, 0.5)
     (again,) = processes(1, tmp_path / "again", sharded, tmp_path / "cut", -1, True, 1, 0.5)
     same(again, one, rtol=1e-9, atol=1e-11)
+
+
+# ---- a whole recipe --------------------------------------------------------------------------------------------------
+def carried_out(folder: Path, resume: bool) -> dict[str, Any]:
+    """A recipe whose teacher is trained first, whose signals are stored and whose later stage reads an earlier one; and
+    the files that this process has written."""
+    from limbeck.recipe import check
+    from limbeck.run import new_folder, run
+
+    written: list[str] = []
+
+    def audit(event: str, told: tuple[Any, ...]) -> None:
+        if event == "open" and str(told[0]).startswith(str(folder)) and set(str(told[1])) & set("wax+"):
+            written.append(Path(told[0]).name)
+
+    sys.addaudithook(audit)
+    train = {"steps": 4, "batch_size": 16, "save_every": 2}
+    student = {"net": "mlp", "width": 4, "depth": 1}
+    first = {"name": "a", "do": "train", "student": student, "data": str(folder / "tiny.npz"), "train": train}
+    second = {"name": "b", "student": {**student, "weights": "stage:a"}, "data": first["data"], "train": train}
+    second |= {"teacher": {"net": "mlp", "width": 8, "train": train}, "store": {}, "seeds": 2}
+    recipe = check({"name": "two", "stages": [first, second]}, "test")
+    result = run(recipe, folder=folder / "there", resume=resume, shared=folder / "shared")
+    return {
+        "weights": dict(result.artefact.state_dict()),
+        "accuracy": result.metrics["accuracy"],
+        "differences": list(result.gain.differences),
+        "new": str(new_folder(folder, "name")),
+        "written": sorted(set(written)),
+    }
+
+
+def test_a_recipe_is_carried_out_by_all_and_written_by_the_first(tmp_path: Path):
+    tiny.data(tmp_path)
+    (tmp_path / "alone").mkdir()
+    tiny.data(tmp_path / "alone")
+    left, right = processes(2, tmp_path / "a", carried_out, tmp_path, False)
+    wrote, other = left.pop("written"), right.pop("written")
+    assert other == [] and {"recipe.yaml", ".outcome.json", ".result.json", "metrics.json", "codes.npy"} <= set(wrote)
+    same(right, left)
+    (one,) = processes(1, tmp_path / "one", carried_out, tmp_path / "alone", False)
+    same(left["weights"], one["weights"], rtol=1e-3, atol=1e-5)
+    for name in ("result.json", "b/report.html", "a/weights.safetensors", "b/seed-1/control/outcome.json"):
+        assert (tmp_path / "there" / name).exists(), name
+    assert len(list((tmp_path / "shared").iterdir())) == 4
+    (tmp_path / "there/b/seed-1/outcome.json").unlink()
+    again, _ = processes(2, tmp_path / "b", carried_out, tmp_path, True)
+    assert "metrics.json" not in again["written"] and again.pop("new") and left.pop("new")
+    same({k: v for k, v in again.items() if k != "written"}, left)
+
+
+def refused(folder: Path) -> str:
+    """What the first process alone finds wrong, as every process hears of it."""
+    from limbeck.verbs.together import first, leads
+
+    def look() -> None:
+        assert leads()
+        raise BadInput("the place is taken")
+
+    try:
+        first(look)
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def test_what_the_first_process_refuses_all_refuse(tmp_path: Path):
+    assert processes(2, tmp_path, refused, tmp_path) == ["the place is taken"] * 2
 
 
 # ---- taps ------------------------------------------------------------------------------------------------------------

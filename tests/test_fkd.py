@@ -267,9 +267,9 @@ def test_a_stale_store_is_refused(tmp_path, table, teacher):
     assert (
         open_(teacher_fingerprint=fingerprint(teacher), data_fingerprint=data_fingerprint(table)).examples == EXAMPLES
     )
-    with pytest.raises(BadInput, match="stale: it was made with another teacher"):
+    with pytest.raises(BadInput, match="stale: it was made by another teacher"):
         open_(teacher_fingerprint=fingerprint(Eye()))
-    with pytest.raises(BadInput, match="stale: it was made with another data"):
+    with pytest.raises(BadInput, match="stale: it was made from other data"):
         open_(data_fingerprint=data_fingerprint(table.select(torch.arange(EXAMPLES).flip(0))))
     with pytest.raises(BadInput, match="`teacher` was .* there and is .* now; delete the folder"):
         capture(Eye(), table, tmp_path / "s", topk=2)
@@ -279,6 +279,16 @@ def test_a_stale_store_is_refused(tmp_path, table, teacher):
     changed["inputs"][13] += 1
     with pytest.raises(BadInput, match="captured from other data: example 13 has changed"):
         capture(teacher, changed, tmp_path / "s", topk=2)
+    store = open_()
+    store.check(table, {"topk": 2, "augment": []})
+    for data, settings, words in (
+        (table, {"topk": 3}, "was captured with `topk` 2, asked for is 3; capture another, or leave `topk` out"),
+        (table.select(range(20)), {}, f"stale: it holds {EXAMPLES} examples, and data has 20; capture it again"),
+        (changed, {}, f"other data: 1 of {EXAMPLES} examples of data differ, the first of them number 13; capture"),
+        (Table({"inputs": table["inputs"] * 2}, "images", mean=(0.1,), std=(0.2,)), {}, "are normalised otherwise;"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            store.check(data, settings)
 
 
 def test_a_damaged_store_is_refused_in_one_sentence(tmp_path, table, teacher):

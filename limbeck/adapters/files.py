@@ -33,7 +33,7 @@ class Source:
     """What a recipe says about its data.
 
     name: an embedded set (`fashion_mnist_small`), a file or folder, a folder in LIMBECK_DATA (`cifar10`, or
-    `sentiment_small/sst2` for one of several sets in it), or `hub:NAME`, `hub:NAME/CONFIG@` for the hub.
+    `sentiment_small/sst2` for one of several sets in it), or `hub:NAME`, such as `hub:nyu-mll/glue`.
     variant: one of several sets in a folder, or the configuration of a hub set.
     inputs, labels: column names; found by their usual names when left out. Several inputs make vectors or joined texts.
     kind: images, text (classification), language (next token), vectors, tokens or rows; told by the data when left out.

@@ -55,7 +55,7 @@ def settled(method: Any, **options: Any) -> nn.Module | None:
 
 def check_reference(name: str) -> None:
     """Value and gradient are those of the vector, in fp64."""
-    method, vector = find.get(name), vectors.read(name)
+    method, vector = find.get(name), vectors.filled(name)
     further = [case for case in vector.values() if isinstance(case, dict) and {"inputs", "value"} <= case.keys()]
     for case in [vector, *further]:
         _reference(method, {**vector, "grad": None, "state_after": {}, **case})

@@ -25,7 +25,7 @@ def measure(method: Any, inputs: Inputs, **knobs: Any) -> dict[str, float]:
 
 
 def _vector(name: str) -> tuple[Any, Inputs, dict[str, Any]]:
-    vector = vectors.read(name)
+    vector = vectors.filled(name)
     return find.get(name), vectors.inputs(vector), vector.get("knobs", {})
 
 

@@ -46,7 +46,7 @@ def toys(method: Any, *, optional: bool = True, **options: Any) -> Inputs:
 
 def check_reference(name: str) -> None:
     """The answer is that of the vector."""
-    method, vector = find.get(name), vectors.read(name)
+    method, vector = find.get(name), vectors.filled(name)
     found = ask(method, vectors.inputs(vector), **vector.get("knobs", {}))
     wanted = vector["value"]
     if isinstance(found, Tensor) and found.is_floating_point():
@@ -153,7 +153,7 @@ def check_one_answer_an_example(name: str) -> None:
 
 
 def _rows(name: str) -> tuple[list[Row], dict[str, Any]]:
-    vector = vectors.read(name)
+    vector = vectors.filled(name)
     rows: list[Row] = vector["inputs"]["rows"]
     return rows, vector.get("knobs", {})
 

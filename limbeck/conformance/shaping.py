@@ -48,7 +48,7 @@ def check_reference(name: str) -> None:
     of its channels stay. "inputs": state of a perceptron and "value": state of the student. Further cases, each with a
     "source", may follow. Anything else that a vector holds is for tests of its own.
     """
-    vector = vectors.read(name)
+    vector = vectors.filled(name)
     for case in [vector, *(v for v in vector.values() if isinstance(v, dict) and "source" in v)]:
         _reference(name, {**vector, **case})
 

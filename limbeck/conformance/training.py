@@ -178,7 +178,7 @@ STEPS = 6
 
 def check_turns(name: str) -> None:
     """Players take turns in the order of the vector."""
-    vector = vectors.read(name)
+    vector = vectors.filled(name)
     wanted: list[str] = vector["turns"]
     steps = int(vector.get("steps", len(wanted)))
     found = [player for _, _, player, _ in play(scene(name, steps=steps)).turns]
@@ -229,7 +229,7 @@ def check_every_part_pulls(name: str) -> None:
 def check_optimizers(name: str) -> None:
     """The optimisers of the paper exist, and belong to players."""
     method = scene(name).method
-    players = set(vectors.read(name)["turns"])
+    players = set(vectors.filled(name)["turns"])
     for player, spec in method.optimizers().items():
         optim.check(spec)
         expect(player in players | roots(players), f"the method names an optimiser for {player!r}, who has no turn")

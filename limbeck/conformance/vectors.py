@@ -52,6 +52,21 @@ def read(name: str) -> dict[str, Any]:
     return vector
 
 
+def filled(name: str) -> dict[str, Any]:
+    """The vector of a method, whose numbers are needed. Raises BadInput when one is still empty, as `new` left it."""
+    vector = read(name)
+    if (place := _empty(vector)) is not None:
+        raise BadInput(f"the vector is not filled in: `{place}` is still null in {folder() / name}.json")
+    return vector
+
+
+def _empty(tree: Any, path: str = "") -> str | None:
+    if not isinstance(tree, dict):
+        return path if tree is None else None
+    found = (_empty(value, f"{path}.{key}".lstrip(".")) for key, value in tree.items())
+    return next((place for place in found if place is not None), None)
+
+
 def tensor(name: str, value: Any) -> Any:
     """A nested list as the tensor, or list of tensors, that `name` stands for; floating point in fp64."""
     if name in ("rows", "seeds"):

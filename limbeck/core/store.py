@@ -438,7 +438,9 @@ class Store:
         elif (other := np.flatnonzero(_all_digests(table, self.examples) != self.arrays["digests"])).size:
             scaled = table.kind == "images" and list(table.black) != self.spec["fill"]
             why = ", whose pictures are normalised otherwise" if scaled else f", the first of them number {other[0]}"
-            differs = f"it was made from other data: {other.size} of {self.examples} examples of {table.name} differ{why}"
+            differs = (
+                f"it was made from other data: {other.size} of {self.examples} examples of {table.name} differ{why}"
+            )
         else:
             return
         raise BadInput(f"the store {self.folder} is stale: {differs}; capture it again")

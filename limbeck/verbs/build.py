@@ -19,6 +19,7 @@ from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs.check import check_names, rehearse
 from limbeck.verbs.setting import KERNEL, Event, Setting, batches_of, load_weights, make_plan, save_network
+from limbeck.verbs.together import first, leads
 from limbeck.zoo import nets as zoo
 
 WEIGHTS = Path(__file__).parent.parent / "zoo"
@@ -37,7 +38,7 @@ def setting(
 
     networks: role -> a network given as an object instead of by the recipe.
     """
-    given = {role: net for role, net in (networks or {}).items() if not isinstance(net, (str, Mapping, type(None)))}
+    given = _given(networks)
     check_names(recipe, given)
     if splits is None:
         if recipe.data is None:
@@ -48,7 +49,8 @@ def setting(
         if not len(splits.validation):
             raise BadInput(f"{recipe.at('split')}{splits.train.name} has no validation part")
         splits = splits._replace(test=splits.validation)
-    made = Setting(recipe, splits, {}, folder, on_event=on_event, resume=resume)
+    on_event = on_event if leads() else None
+    made = Setting(recipe, splits, {}, folder, on_event=on_event, resume=resume, objects=objects(networks, recipe))
     roles: dict[tuple[str, ...], Any] = {("teacher",): recipe.teacher, ("student",): recipe.student}
     roles |= {("nets", role): spec for role, spec in recipe.nets.items()}
     if recipe.do == "condense" and recipe.judge.net.net != KERNEL:
@@ -74,6 +76,16 @@ def setting(
     if made.teacher is not None and "teacher" not in given:
         _trained(made, made.teacher)
     return made
+
+
+def _given(networks: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those networks that are objects, not a recipe's spec."""
+    return {role: net for role, net in (networks or {}).items() if not isinstance(net, (str, Mapping, type(None)))}
+
+
+def objects(networks: Mapping[str, Any] | None, recipe: Recipe) -> tuple[str, ...]:
+    """What the recipe cannot make again, since it was given as an object."""
+    return (*_given(networks), *(["data"] if recipe.data is None else []))
 
 
 def load_splits(name: str, options: Mapping[str, Any]) -> Splits:
@@ -215,7 +227,7 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     data = merge(data, spec.data)
     key = json.dumps([spec.model_dump(mode="json"), data], sort_keys=True, default=str)
     place = made.folder.parent / ".teachers" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if (place / "weights.safetensors").exists():
+    if first((place / "weights.safetensors").exists):
         load_weights(module, str(place / "weights.safetensors"), ())
         return
     splits = made.splits
@@ -233,4 +245,5 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     nets, plan = Nets(student=module), make_plan(spec.train, batches.steps_per_epoch, 0)
     fit(method, nets, batches, plan, folder=place, resume=True, on_event=made.on_event)  # goes on after an interruption
     save_network(module, place, spec)
-    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+    if leads():
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)

@@ -24,7 +24,7 @@ from limbeck.core.nets import Batch, Nets, evaluating, outputs
 from limbeck.core.sampler import Denoiser
 from limbeck.core.synset import SynSet
 from limbeck.recipe import Net, Recipe, Spec, Train
-from limbeck.verbs import condense, label, shape, shorten, teach
+from limbeck.verbs import condense, label, rows, shape, shorten, teach
 from limbeck.verbs.figures import figures, measure_of
 from limbeck.verbs.setting import (
     KERNEL,
@@ -36,6 +36,7 @@ from limbeck.verbs.setting import (
     make_plan,
     method_of,
 )
+from limbeck.verbs.together import leads
 from limbeck.zoo import nets as zoo
 
 VERBS: dict[str, ModuleType] = {"teach": teach, "condense": condense, "shorten": shorten, "shape": shape}
@@ -49,7 +50,7 @@ def untouched(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        if fresh and {p.name for p in folder.rglob("*") if p.is_file()} <= {"recipe.yaml", "log.jsonl"}:
+        if fresh and leads() and {p.name for p in folder.rglob("*") if p.is_file()} <= {"recipe.yaml", "log.jsonl"}:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -99,6 +100,13 @@ def _networks(recipe: Recipe, given: Collection[str]) -> None:
 
 
 def _net(recipe: Recipe, spec: Net, *path: Any) -> None:
+    for key in ("train", "data"):
+        tested = key == "data" and path == ("judge", "net") and rows.asked(recipe)  # where a judge of rows is tested
+        if path != ("teacher",) and key in spec.model_fields_set and not tested:
+            raise BadInput(
+                f"{recipe.at(*path, key)}only a teacher is trained first; train this network by `do: train` in a "
+                "recipe or a stage of its own, and name its run folder in `weights`"
+            )
     if spec.net in zoo.NETS:
         builder = zoo.NETS[spec.net]
         function = builder.func if isinstance(builder, partial) else builder
@@ -122,7 +130,7 @@ def _method(recipe: Recipe) -> None:
         name, given = knobs.split(recipe.method)
         method = find.get(name)
         if recipe.do == "condense" and find.family(name) == "data":
-            knobs.check(name, method, given)
+            condense.selection(name, given)
         elif recipe.do == "shape":
             if find.family(name) != "shape":
                 raise BadInput(f"{name!r} is a method of {find.folder(name)}, not of shape")
@@ -256,12 +264,37 @@ def _rehearse_training(made: Setting) -> None:
                     reads(nets.find(role), probe, table, role, judged=role == learner_of(method))
         if recipe.store is None:
             _meet(recipe, nets, probe, method)
-        elif made.teacher is None:
-            with recipe.blamed("store"):
-                captured(made)  # only opens it
+        else:
+            _stored(made)
     finally:
         for taps in nets.taps.values():
             taps.remove()
+
+
+def _stored(made: Setting) -> None:
+    """The store is that of the data, and holds what the losses of the plain scheme ask for."""
+    recipe, table = made.recipe, made.splits.train
+    assert recipe.store is not None
+    kept, classes = recipe.store.topk, table.num_classes or table.vocab
+    if made.teacher is None:
+        with recipe.blamed("store"):
+            info = captured(made)  # only opens it
+        kept, classes = info.topk, info.classes
+    if recipe.method is not None and knobs.split(recipe.method)[0] != "distill":
+        return
+    held = {"teacher_ids", "teacher_logprobs", *(["teacher_logits"] if kept in (0, classes) else [])}
+    readers = [n for n in find.names() if find.family(n) == "losses" and "teacher_ids" in find.needs(find.get(n))]
+    for i, loss in enumerate(map(parse, recipe.match)):
+        for name in (n for n in loss.needs if n.startswith("teacher_") and n not in held):
+            told = f"{recipe.at('match', i)}`{loss.name}` asks for {name}, and"
+            if name == "teacher_logits":
+                by = " or ".join(f"`{n}`" for n in readers)
+                more = f", or match by {by}" if by else ""
+                raise BadInput(
+                    f"{told} the store keeps the {kept} likeliest of {classes} entries only; capture it with "
+                    f"`store.topk: 0`, or read the entries by `method: fkd`{more}"
+                )
+            raise BadInput(f"{told} a store keeps logits only; leave `store` out and give the teacher itself")
 
 
 def _meet(recipe: Recipe, nets: Nets, probe: Batch, method: Any = None) -> None:
@@ -299,6 +332,8 @@ def reads(module: nn.Module, batch: Mapping[str, Any], table: Table, role: str, 
 
 def _rehearse_condensing(made: Setting) -> None:
     recipe, train = made.recipe, made.splits.train
+    if rows.asked(recipe):
+        return rows.rehearse(made)
     if not train.num_classes:
         raise BadInput(f"{recipe.at('data')}condensing needs class labels, and {train.name} has none")
     with recipe.blamed("ipc"):
@@ -316,7 +351,7 @@ def _metrics(made: Setting) -> None:
     recipe, table = made.recipe, made.splits.test
     if not len(table):
         raise BadInput(f"{recipe.at('data')}the test part of {table.name} is empty")
-    names = ["accuracy"]
+    names = [rows.measured(made)] if rows.asked(recipe) else ["accuracy"]
     if recipe.do == "shorten":
         names = ["frechet", "energy_distance"]
     elif recipe.do != "condense":

@@ -1,4 +1,7 @@
-"""condense: a small training set stands for a large one; the control is as many random examples, judged alike."""
+"""condense: a small training set stands for a large one; the control is as many random examples, judged alike.
+
+Methods that keep rows of text are carried out by `rows`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from limbeck.core.nets import Nets
 from limbeck.core.synset import SynSet, pick
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
+from limbeck.verbs import rows
 from limbeck.verbs.setting import KERNEL, Outcome, Setting, batches_of, save_tensors
 
 CONTROL = "random_subset"
@@ -28,7 +32,9 @@ def arms(recipe: Recipe) -> list[str]:
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """Random examples, class by class."""
+    """Random examples, class by class; of text as many tokens as the method keeps."""
+    if rows.asked(recipe):  # how many are drawn depends on what the method keeps
+        return recipe.with_changes({"control": None, "train": None, "match": None})
     return recipe.with_changes({"method": CONTROL, "control": None, "train": None, "match": None})
 
 
@@ -39,6 +45,8 @@ def methods(recipe: Recipe) -> list[str]:
 
 def label(recipe: Recipe, arm: str) -> str:
     """A plain description of an arm."""
+    if rows.asked(recipe):
+        return rows.label(recipe, arm)
     if arm == "whole":
         return "the whole training set"
     how = "random" if arm == "control" else methods(recipe)[0]
@@ -48,6 +56,8 @@ def label(recipe: Recipe, arm: str) -> str:
 def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, Table]:
     """Make the set of one arm under one seed, and judge it by training fresh networks on it."""
     recipe, train = setting.recipe, setting.splits.train
+    if rows.asked(recipe):
+        return rows.run(setting, arm, seed, folder)
     if not train.num_classes:
         raise BadInput(f"condensing needs class labels, and {train.name} has none")
     torch.manual_seed(seed)
@@ -55,8 +65,8 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
     if arm == "whole":
         inputs, labels = train["inputs"], train["labels"]
     elif arm == "control":
-        rows = pick(train["labels"], recipe.ipc, seed=seed)  # those that a synthetic set starts from
-        inputs, labels = train["inputs"][rows], train["labels"][rows]
+        chosen = pick(train["labels"], recipe.ipc, seed=seed)  # those that a synthetic set starts from
+        inputs, labels = train["inputs"][chosen], train["labels"][chosen]
     else:
         inputs, labels, seconds = _made(setting, seed, folder)
     if arm != "whole":
@@ -70,6 +80,8 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
 
 def artefact(setting: Setting, folder: Path) -> Table:
     """The condensed set of a finished arm."""
+    if rows.asked(setting.recipe):
+        return rows.artefact(setting, folder)
     stored = load_file(folder / "set.safetensors")
     return replace(setting.splits.train, columns={"inputs": stored["inputs"], "labels": stored["labels"]}, rows=None)
 
@@ -90,25 +102,28 @@ def _made(setting: Setting, seed: int, folder: Path) -> tuple[Tensor, Tensor, fl
     return inputs, labels, fitted.seconds
 
 
+def selection(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The checked knobs of a method of data/select. Raises BadInput for one that condensing cannot serve."""
+    method = find.get(name)
+    given, asks = knobs.check(name, method, given), find.needs(method)
+    if asks not in (["features"], ["rows"]):
+        raise BadInput(f"`{name}` asks for {', '.join(asks)}; condensing can give it features or rows of text only")
+    if asks == ["features"] and "budget" in given:
+        raise BadInput(f"how many `{name}` picks is told by the recipe's `ipc`, examples a class; leave out its budget")
+    return given
+
+
 def _chosen(setting: Setting, name: str, given: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
     """Real examples picked by a selection method, class by class, in the pixels or a proxy's embedding."""
-    method, train = find.get(name), setting.splits.train
-    if find.family(name) != "data":
-        raise BadInput(
-            f"{name!r} is a method of {find.folder(name)}; condensing takes one of train/datasets or data/select"
-        )
-    given = knobs.check(name, method, given)
-    asks = find.needs(method)
-    if asks != ["features"]:
-        raise BadInput(f"`{name}` asks for {', '.join(asks)}; condensing can give it features only")
+    method, train, given = find.get(name), setting.splits.train, selection(name, given)
     if "seed" in find.knobs(method):
         given = {"seed": seed, **given}
-    rows = []
+    picked = []
     for c in range(train.num_classes):
         members = (train["labels"] == c).nonzero()[:, 0]
         features = train["inputs"][members].flatten(1).double()
-        rows.append(members[method(features, budget=setting.recipe.ipc, **given)])
-    chosen = torch.cat(rows)
+        picked.append(members[method(features, budget=setting.recipe.ipc, **given)])
+    chosen = torch.cat(picked)
     return train["inputs"][chosen], train["labels"][chosen]
 
 

@@ -3,11 +3,13 @@
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from limbeck.core.store import StoreInfo
-from limbeck.recipe import Recipe, dump
+from limbeck.recipe import Recipe
 from limbeck.report.statistics import Gain
 from limbeck.verbs.result import Result
 from limbeck.verbs.setting import (
@@ -22,9 +24,11 @@ from limbeck.verbs.setting import (
     load_weights,
     method_of,
     one,
+    record,
     save_network,
     validator,
 )
+from limbeck.verbs.together import first
 
 FIGURES = ("parameters", "bytes", "latency_ms")  # in metrics.json beside what was measured
 
@@ -33,8 +37,7 @@ def run(setting: Setting) -> Result:
     """Carry out one of the verbs without control."""
     recipe, folder = setting.recipe, setting.folder
     began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump(recipe))
+    record(recipe, folder, setting.objects)
     nothing = Gain(float("nan"), float("nan"), float("nan"), 0)
     if recipe.do == "label":
         info = _label(setting)
@@ -46,7 +49,7 @@ def run(setting: Setting) -> Result:
     role = "student" if recipe.do == "train" or "student" in setting.builders else "teacher"
     seed = recipe.seeds[0]
     torch.manual_seed(seed)
-    if recipe.do == "train" and setting.resume and (folder / "metrics.json").exists():  # a stage that is done
+    if recipe.do == "train" and setting.resume and first((folder / "metrics.json").exists):  # a stage that is done
         module = setting.build(role)
         load_weights(module, str(folder / WEIGHTS), ())
         metrics = {k: v for k, v in json.loads((folder / "metrics.json").read_text()).items() if k not in FIGURES}
@@ -66,11 +69,11 @@ def run(setting: Setting) -> Result:
     else:
         module = setting.build(role)
     if hasattr(module, "schedule"):  # a denoiser is judged by what it samples: `do: shorten`
-        (folder / "metrics.json").write_text("{}")
+        _write(folder / "metrics.json", {})
         return Result(module, {}, {}, nothing, f"trained {role} in {time.monotonic() - began:.0f} s", folder)
     metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
     figures = cost(module, one(setting.splits.test))
-    (folder / "metrics.json").write_text(json.dumps({**metrics, **figures}, indent=1))
+    _write(folder / "metrics.json", {**metrics, **figures})
     text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
     return Result(module, metrics, {}, nothing, f"{text} on {len(setting.splits.test)} test examples", folder)
 
@@ -83,6 +86,10 @@ def alone(recipe: Recipe) -> Recipe:
 
 def _label(setting: Setting) -> StoreInfo:
     info = captured(setting)
-    setting.folder.mkdir(parents=True, exist_ok=True)
-    (setting.folder / "store.json").write_text(json.dumps(asdict(info), indent=1))
+    _write(setting.folder / "store.json", asdict(info))
     return info
+
+
+def _write(path: Path, body: dict[str, Any]) -> None:
+    """By the first process; the others wait, for a later stage may read what is written."""
+    first(lambda: path.write_text(json.dumps(body, indent=1)))

@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -25,14 +25,16 @@ from limbeck.core.nets import Nets
 from limbeck.core.sampler import Denoiser
 from limbeck.core.store import Store, StoredBatches, StoreInfo, capture, data_fingerprint
 from limbeck.core.taps import Taps, unwrap
-from limbeck.recipe import Net, Recipe, Spec, Train
+from limbeck.recipe import Net, Recipe, Spec, Train, dump
 from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
 from limbeck.verbs.figures import COSTS, measure_of
+from limbeck.verbs.together import first, leads, processes
 
 TRACKERS = ("tensorboard",)
 KERNEL = "kernel"  # a judge of condensed sets that is no network: kernel ridge regression
 WEIGHTS = "weights.safetensors"
+HELD = 2**27  # logits that judging holds in memory at once, half a gigabyte
 CURVE = 512  # validation examples for the curve in the report, when nothing is selected by it
 
 Event = Callable[[dict[str, Any]], None]
@@ -55,6 +57,8 @@ class Outcome:
 
     def save(self, folder: Path) -> None:
         """Write outcome.json, whole or not at all."""
+        if not leads():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / ".outcome.json"
         draft.write_text(json.dumps(asdict(self), indent=1))
@@ -62,9 +66,9 @@ class Outcome:
 
     @staticmethod
     def load(folder: Path) -> "Outcome | None":
-        """The outcome written there, or None."""
+        """The outcome written there, or None; all processes must ask."""
         path = folder / "outcome.json"
-        return Outcome(**json.loads(path.read_text())) if path.exists() else None
+        return first(lambda: Outcome(**json.loads(path.read_text())) if path.exists() else None)
 
 
 def outcome_of(label: str, metrics: dict[str, float], figures: Mapping[str, float], seconds: float) -> Outcome:
@@ -85,7 +89,7 @@ class Setting:
 
     builders: role -> how to make that network with the weights that its spec names, or fresh ones. blank: the same
     without the weights. teacher: shared by all arms, frozen. folder: of the run. resume: whether unfinished arms go on
-    from their checkpoints.
+    from their checkpoints. objects: what was given as an object, and not by the recipe.
     """
 
     recipe: Recipe
@@ -97,6 +101,7 @@ class Setting:
     taps: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     on_event: Event | None = None
     resume: bool = False
+    objects: tuple[str, ...] = ()
 
     def build(self, role: str) -> nn.Module:
         """A network for a role. Raises BadInput when the recipe does not say how to make it."""
@@ -154,8 +159,8 @@ class Setting:
         validate: Callable[[Nets], dict[str, float]] | None = None,
     ) -> Fitted:
         """Run the loop in `folder`, going on from its checkpoint when resuming."""
-        first = next(iter(batches.values())) if isinstance(batches, Mapping) else batches
-        per_epoch = getattr(first, "steps_per_epoch", None)
+        pool = next(iter(batches.values())) if isinstance(batches, Mapping) else batches
+        per_epoch = getattr(pool, "steps_per_epoch", None)
         plan = make_plan(train, per_epoch, seed)
         if "optimizer" in train.model_fields_set and hasattr(method, "optimizers"):  # what is asked for wins
             asked = dict.fromkeys(method.optimizers(), train.optimizer)
@@ -192,6 +197,13 @@ def tracking(track: str, folder: Path) -> Iterator[Any]:
     finally:
         for tracker in accelerator.trackers:  # not `end_training`: it would end the processes' group, too
             tracker.finish()
+
+
+def record(recipe: Recipe, folder: Path, objects: Sequence[str] = ()) -> None:
+    """Write the recipe down in the folder of its run, made now."""
+    if leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump(recipe, objects))
 
 
 def learner_of(method: Any) -> str:
@@ -245,10 +257,7 @@ def method_of(recipe: Recipe) -> Method:
 
 def batches_of(recipe: Recipe, table: Table, seed: int, *, train: Train | None = None, augment: bool = True) -> Batches:
     """Training batches of a table by the recipe's `train` and `data` blocks."""
-    from accelerate import PartialState
-
-    train = train or recipe.train
-    state = PartialState()
+    train, state = train or recipe.train, processes()
     return Batches(
         table,
         None if train.per_class else train.batch_size,
@@ -267,13 +276,16 @@ def captured(setting: Setting) -> StoreInfo:
     if setting.teacher is None:
         if not spec.folder:
             raise BadInput("teacher signals need a teacher to capture them, or the folder of a store")
-        return Store.open(spec.folder, data_fingerprint=data_fingerprint(table)).info()
+        store, told = Store.open(spec.folder), spec.model_dump(include={"topk", "views", "augment", "bits"})
+        store.check(table, {key: value for key, value in told.items() if key in spec.model_fields_set})
+        return store.info()
     key = f"{fingerprint(setting.teacher)[:12]}-{data_fingerprint(table)[:12]}-{spec.views}x{spec.topk}x{spec.bits}"
     folder = Path(spec.folder) if spec.folder else setting.folder.parent / ".stores" / key
     if setting.on_event is not None:
         setting.on_event({"note": f"capturing teacher signals in {folder}"})
     options = {"topk": spec.topk, "views": spec.views, "augment": spec.augment, "bits": spec.bits}
-    return capture(setting.teacher, table, folder, **options)  # type: ignore[arg-type]
+    teacher = setting.teacher
+    return first(lambda: capture(teacher, table, folder, **options))  # type: ignore[arg-type]
 
 
 # ---- judging ---------------------------------------------------------------------------------------------------------
@@ -287,11 +299,47 @@ def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
 def judge(
     module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None = None
 ) -> dict[str, float]:
-    """All measures of a network on a table, by name; what asks for a teacher is left out when there is none."""
+    """All measures of a network on a table, by name; what asks for a teacher is left out when there is none.
+
+    Labels of many places [N, T] count where the table's `mask` holds (everywhere without one). A table whose logits
+    would not fit in HELD numbers is measured stretch by stretch, and the means over places are those of the whole; of
+    what is no mean over places, such as a calibration error, it is the mean over stretches.
+    """
     module.eval()
-    have: dict[str, Any] = {"student_logits": predict(module, table)}
+    labels = table.columns.get("labels", torch.empty(0))
+    places = labels.shape[1] if labels.ndim == 2 and not labels.is_floating_point() else 1
+    rows = max(1, HELD // max(1, places * (table.num_classes or table.vocab)))
+    found: list[tuple[int, dict[str, float]]] = []
+    for start in range(0, len(table), rows):
+        part = table if rows >= len(table) else table.select(range(start, min(start + rows, len(table))))
+        valid = _valid(part)
+        if count := len(part) if valid is None else int(valid.sum()):
+            found.append((count, _measured(module, part, measures, teacher, valid)))
+    if len(found) == 1:
+        return found[0][1]
+    total = sum(count for count, _ in found)
+    return {name: sum(count * one[name] for count, one in found) / total for name in (found[0][1] if found else ())}
+
+
+def _valid(table: Table) -> Tensor | None:
+    """Which of the flattened places [N * T] of a language table count; None for one label an example."""
+    labels = table.columns.get("labels")
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+        return None
+    mask = table.columns.get("mask", torch.ones_like(labels)).bool() & (labels >= 0)
+    return mask.flatten().cpu()
+
+
+def _measured(
+    module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None, valid: Tensor | None
+) -> dict[str, float]:
+    def flat(values: Tensor) -> Tensor:
+        """Logits [..., N, T, C] at the places that count, [..., M, C]."""
+        return values if valid is None else values.flatten(-3, -2)[..., valid, :]
+
+    have: dict[str, Tensor] = {"student_logits": flat(predict(module, table))}
     if "labels" in table.columns:
-        have["labels"] = table["labels"].reshape(-1) if table["labels"].ndim > 1 else table["labels"]
+        have["labels"] = table["labels"] if valid is None else table["labels"].flatten().cpu()[valid]
     out: dict[str, float] = {}
     for spec in measures:
         name, given = knobs.split(spec, "measure")
@@ -304,14 +352,13 @@ def judge(
         if "teacher_logits" in asks and "teacher_logits" not in have:
             if teacher is None:
                 continue
-            have["teacher_logits"] = predict(teacher, table)
+            have["teacher_logits"] = flat(predict(teacher, table))
+        seen = have
         if find.folder(name) == "measure/robust":
             from limbeck.verbs.robust import stacked
 
-            values = measure(*[{**have, "student_logits": stacked(module, table)}[n] for n in asks], **given)
-        else:
-            flat = {k: v.flatten(0, -2) if k.endswith("_logits") and v.ndim > 2 else v for k, v in have.items()}
-            values = measure(*[flat[n] for n in asks], **knobs.check(name, measure, given))
+            seen = {**have, "student_logits": flat(stacked(module, table))}
+        values = measure(*[seen[n] for n in asks], **knobs.check(name, measure, given))
         out |= dict(values) if isinstance(values, Mapping) else {name: float(values)}
     return out
 
@@ -353,6 +400,8 @@ def one(table: Table) -> dict[str, Any]:
 # ---- networks on disk ------------------------------------------------------------------------------------------------
 def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
     """weights.safetensors, and how to build the network: net.json by a recipe's spec, config.json by transformers."""
+    if not leads():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {}
     for key, value in unwrap(module).state_dict().items():
@@ -371,6 +420,8 @@ def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
+    if not leads():
+        return
     draft = path.with_name(f".{path.name}")
     try:
         save_file(tensors, draft)
@@ -386,7 +437,8 @@ def load_weights(module: nn.Module, source: str, roots: Iterable[Path]) -> None:
     tried = []
     for root in (Path(), *roots):
         folder = root / source
-        for path in (folder, root / f"{source}.safetensors", folder / WEIGHTS, folder / "seed-0" / WEIGHTS):
+        seeds = sorted(folder.glob(f"seed-*/{WEIGHTS}"))
+        for path in (folder, root / f"{source}.safetensors", folder / WEIGHTS, folder / "seed-0" / WEIGHTS, *seeds):
             tried.append(path)
             if path.is_file():
                 try:

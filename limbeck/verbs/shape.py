@@ -10,15 +10,18 @@ from torch import nn
 from limbeck.core import find, knobs
 from limbeck.core.batches import epoch
 from limbeck.core.errors import BadInput
+from limbeck.core.match import parse
 from limbeck.core.nets import Nets, reinitialised
 from limbeck.recipe import Recipe
 from limbeck.verbs.setting import (
+    WEIGHTS,
     Outcome,
     Setting,
     batches_of,
     cost,
     default_measures,
     judge,
+    load_weights,
     one,
     outcome_of,
     save_network,
@@ -38,10 +41,7 @@ def control_recipe(recipe: Recipe) -> Recipe:
 
 def methods(recipe: Recipe) -> list[str]:
     """The shaping method and the losses of the recovery."""
-    return [
-        knobs.split(recipe.method or "layer_choice")[0],
-        *(m if isinstance(m, str) else next(iter(m)) for m in recipe.match),
-    ]
+    return [knobs.split(recipe.method or "layer_choice")[0], *(parse(spec).name for spec in recipe.match)]
 
 
 def label(recipe: Recipe, arm: str) -> str:
@@ -76,6 +76,13 @@ def shaped(setting: Setting, *, blank: bool = False) -> nn.Module:
     if blank and "teacher" not in setting.blank:
         module = reinitialised(module)
     return module.requires_grad_(True)
+
+
+def artefact(setting: Setting, folder: Path) -> nn.Module:
+    """The student of a finished arm."""
+    module = shaped(setting)
+    load_weights(module, str(folder / WEIGHTS), ())
+    return module.eval()
 
 
 def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, nn.Module]:

@@ -15,6 +15,7 @@ from limbeck.core.sampler import Denoiser, generate
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
 from limbeck.verbs.setting import Outcome, Setting, batches_of, cost, outcome_of, save_network
+from limbeck.verbs.together import leads
 
 SAMPLES = 2000
 SHOWN = 36
@@ -69,7 +70,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         save_network(module, folder, setting.spec("student" if "student" in setting.builders else "teacher"))
     test = setting.splits.test
     samples = draw(module, test, steps, seed)
-    if seed == recipe.seeds[0]:
+    if seed == recipe.seeds[0] and leads():
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(samples[:SHOWN].clone(), folder / "samples.pt")
     metrics = compare(setting, samples, test["inputs"])

@@ -7,14 +7,17 @@ from torch import nn
 
 from limbeck.core import find, knobs
 from limbeck.core.errors import BadInput
+from limbeck.core.match import parse
 from limbeck.recipe import Recipe
 from limbeck.verbs.setting import (
+    WEIGHTS,
     Outcome,
     Setting,
     cost,
     default_measures,
     judge,
     learner_of,
+    load_weights,
     method_of,
     one,
     outcome_of,
@@ -42,13 +45,21 @@ def label(recipe: Recipe, arm: str) -> str:
     teacher = recipe.teacher.net if recipe.teacher else "nobody"
     if arm == "teacher":
         return teacher
-    if recipe.method is not None:
-        how = knobs.split(recipe.method)[0]
+    told = control_recipe(recipe) if arm == "control" else recipe
+    if told.method is not None:
+        how = knobs.split(told.method)[0]
     else:
-        how = " + ".join(m if isinstance(m, str) else next(iter(m)) for m in recipe.match)
-    if arm == "control":
-        return f"{student}, {how}, no teacher"
+        how = " + ".join(parse(spec).name for spec in told.match)
+    if arm == "control":  # another method may ask its teacher all the same
+        return f"{student}, {how}" + (
+            ", no teacher" if told.method is None and not reads_teacher(told) else ", control"
+        )
     return f"{student}, {how}" + (f", taught by {teacher}" if recipe.teacher else "")
+
+
+def reads_teacher(recipe: Recipe) -> bool:
+    """Whether a loss of the plain scheme asks for what only a teacher says."""
+    return any(name.startswith("teacher_") for spec in recipe.match for name in parse(spec).needs)
 
 
 def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, nn.Module]:
@@ -80,12 +91,20 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         save_network(module, folder, setting.spec("student"))
     metrics = judge(module, setting.splits.test, measures, setting.teacher)
     figures = cost(module, one(setting.splits.test))
-    return outcome_of(label(recipe, arm), metrics, figures, seconds), module
+    return outcome_of(label(setting.recipe, arm), metrics, figures, seconds), module
+
+
+def artefact(setting: Setting, folder: Path) -> nn.Module:
+    """The student of a finished arm."""
+    module = setting.build("student")
+    load_weights(module, str(folder / WEIGHTS), ())
+    return module.eval()
 
 
 def methods(recipe: Recipe) -> list[str]:
     """Every method that the recipe uses, for citations."""
-    names = [knobs.split(recipe.method)[0]] if recipe.method is not None else []
-    if recipe.method is None or "match" in knobs.annotations(find.get(names[0])):
-        names += [m if isinstance(m, str) else next(iter(m)) for m in recipe.match]
-    return names
+    if recipe.method is None:
+        return [parse(spec).name for spec in recipe.match]
+    name, given = knobs.split(recipe.method)
+    losses = given.get("match", recipe.match) if "match" in knobs.annotations(find.get(name)) else ()
+    return [name, *(parse(spec).name for spec in losses)]

@@ -57,6 +57,7 @@ class Row:
     recipe: str
     level: str = "none"
     gain: str = ""
+    over_kd: str = ""
 
 
 def vectors() -> Path:
@@ -126,7 +127,7 @@ def rows(family: str = "") -> list[Row]:
     if family and family not in families:
         raise BadInput(f"the catalogue has no family {family!r}{nearest(family, families)}")
     chosen = [{**r, **_link(r["key"])} for r in stored if family in ("", r["family"])]
-    return [Row(**r, level=level(r["key"]), gain=gain_text(r["key"])) for r in chosen]
+    return [Row(**r, level=level(r["key"]), gain=gain_text(r["key"]), over_kd=over_kd(r["key"])) for r in chosen]
 
 
 def _by_card(known: set[str]) -> Iterator[dict[str, Any]]:
@@ -151,9 +152,20 @@ def gain_text(key: str) -> str:
     found = evidence(key)
     if found is None:
         return ""
+    return _gained(found, found["gain"])
+
+
+def over_kd(key: str) -> str:
+    """The difference to plain `kd` in the same setting, '' where the evidence holds none."""
+    found = evidence(key)
+    beside = (found or {}).get("beside", {}).get("kd")
+    return _gained(found, beside) if found and beside else ""
+
+
+def _gained(found: dict[str, Any], gain: dict[str, Any]) -> str:
     from limbeck.report import numerals
 
-    gain, metric = found["gain"], found["metric"]
+    metric = found["metric"]
     text = numerals.gained(metric, gain["mean"], found["higher_is_better"])
     if gain["low"] is None:
         return f"{text}, one seed"
@@ -169,11 +181,13 @@ def markdown(chosen: Iterable[Row]) -> str:
         if row.family != family:
             family = row.family
             lines += ["", f"### {family.replace('_', ' ')}", ""]
-            lines += ["| row | paper | tier | level | methods | gain over the control |", "|---|---|---|---|---|---|"]
+            lines += ["| row | paper | tier | level | methods | gain over the control | over `kd` |"]
+            lines += ["|---|---|---|---|---|---|---|"]
         title = row.title.replace("|", "\\|")
         paper = f"[{title}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else title
         methods = ", ".join(f"`{m}`" for m in row.methods)
-        lines.append(f"| `{row.key}` | {paper} ({row.year}) | {row.tier} | {row.level} | {methods} | {row.gain} |")
+        figures = f"{row.level} | {methods} | {row.gain} | {row.over_kd}"
+        lines.append(f"| `{row.key}` | {paper} ({row.year}) | {row.tier} | {figures} |")
     return "\n".join(lines).strip() + "\n"
 
 
@@ -189,10 +203,10 @@ def summary() -> str:
         lines.append(f"| {family.replace('_', ' ')} | {n} | {cells} |")
     standing = [r for r in everything if r.level != "none"]
     lines += ["", f"{sum(r.tier > 0 for r in standing)} of {len(papers)} rows have evidence:", ""]
-    lines += ["| row | methods | level | gain over the control |", "|---|---|---|---|"]
+    lines += ["| row | methods | level | gain over the control | over `kd` |", "|---|---|---|---|---|"]
     for r in standing:
         key, methods = f"`{r.key}`" if r.tier else "(no row)", ", ".join(f"`{m}`" for m in r.methods)
-        lines.append(f"| {key} | {methods} | {r.level} | {r.gain} |")
+        lines.append(f"| {key} | {methods} | {r.level} | {r.gain} | {r.over_kd} |")
     return "\n".join(lines)
 
 

@@ -158,14 +158,32 @@ def list_methods(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="a method")],
+    name: Annotated[str, typer.Argument(help="a method, or with --taps a recipe")],
+    taps: Annotated[bool, typer.Option("--taps", help="propose pairs of layers for a recipe's two networks")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """One method: idea, equation, knobs, what it asks for, paper, recipe, level, evidence."""
+    """One method: idea, equation, knobs, what it asks for, paper, recipe, level, evidence; or layers to match."""
+    if taps:
+        _show_taps(Path(name), as_json)
+        return
     from limbeck.describe import describe
 
     found = describe(name)
     say(json.dumps(found.as_dict(), indent=1) if as_json else found.page())
+
+
+def _show_taps(path: Path, as_json: bool) -> None:
+    from limbeck.verbs.layers import lines, pairs, written
+
+    found = pairs(path)
+    if as_json:
+        from dataclasses import asdict
+
+        say(json.dumps([asdict(pair) for pair in found], indent=1))
+        return
+    for line in lines(found):
+        say(line)
+    say("\nto match them, write into the recipe:\n\n" + written(found))
 
 
 @app.command()
@@ -299,6 +317,33 @@ def tune(
         say(line)
     many = "s" if seeds > 1 else ""
     say(f"on the validation split, {seeds} seed{many}; run the recipe with what you choose to see the test split")
+
+
+@app.command()
+def compare(
+    keys: Annotated[list[str], typer.Argument(help="rows or methods; differences are also taken to the first")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="the setting: its networks, data, budget and control")],
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="default: the setting's")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="default: runs/compare-<recipe>")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods in one shared setting: a table, and a page with a plot of the intervals."""
+    from limbeck.compare import compare as all_of
+    from limbeck.compare import lines
+    from limbeck.progress import live
+
+    folder = out or Path("runs") / f"compare-{recipe.stem}"
+    try:
+        with live(quiet=as_json or not first_process()) as progress:
+            found = all_of(keys, recipe, seeds=seeds, folder=folder, on_event=progress)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        raise Interrupted(f"{folder}; run the same command again to go on") from stop
+    if as_json:
+        say(json.dumps(found.as_dict(), indent=1))
+        return
+    for line in lines(found):
+        say(line)
+    say(f"report: {found.report}")
 
 
 @app.command()

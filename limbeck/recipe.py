@@ -217,6 +217,9 @@ class Recipe(_Strict):
     )
     metric: str = Field("", description="the one figure that decides; default by verb and data")
     control: dict[str, Any] = Field(default_factory=dict, description="what the control changes besides its teacher")
+    beside: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="teach: further arms by name, each with what it changes in the control"
+    )
     expect: Expect | None = Field(None, description="what `limbeck verify` should find")
     stages: list["Recipe"] = Field(
         default_factory=list,
@@ -276,8 +279,8 @@ Net.model_rebuild()
 
 
 def _usual(body: dict[str, Any]) -> dict[str, Any]:
-    """Without `split` where it is the test part: evidence is older than that key."""
-    told = {key: value for key, value in body.items() if (key, value) != ("split", "test")}
+    """Without keys that evidence is older than, where they say what was done before them."""
+    told = {key: value for key, value in body.items() if (key, value) not in (("split", "test"), ("beside", {}))}
     return told | {"stages": [_usual(stage) for stage in body["stages"]]}
 
 

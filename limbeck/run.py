@@ -117,11 +117,13 @@ def one_arm(
 
 def _shared_key(setting: Setting, verb: ModuleType, arm: str, seed: int) -> str:
     """What decides a control: its recipe without what only the student reads, the seed, data, teacher and code."""
-    told = verb.control_recipe(setting.recipe) if arm == "control" else setting.recipe
+    recipe = setting.recipe
+    told = verb.control_recipe(recipe) if arm == "control" else recipe
+    told = verb.arm_recipe(recipe, arm) if arm in recipe.beside else told
     body, methods = told.model_dump(mode="json"), tuple(verb.methods(told))
-    for key in ("name", "row", "seeds", "expect", "control"):
+    for key in ("name", "row", "seeds", "expect", "control", "beside"):
         body.pop(key)
-    if arm not in ("control", "removal"):  # the teacher, or the whole training set
+    if arm not in ("control", "removal", *recipe.beside):  # the teacher, or the whole training set
         methods = ()
         for key in ("method", "match", "train"):
             body.pop(key)
@@ -196,6 +198,10 @@ def summary(
             for arm, outcomes in arms.items()
         },
         "gain": asdict(gain),
+        "beside": {
+            arm: asdict(statistics.gain(values["student"], values[arm], higher_is_better=higher, against=arm))
+            for arm in recipe.beside
+        },
         "verdict": statistics.verdict(gain, metric, higher_is_better=higher, do=recipe.do),
         "versions": versions(),
         "commit": commit(),

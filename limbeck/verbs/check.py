@@ -77,6 +77,7 @@ def check_names(recipe: Recipe, given: Collection[str] = ()) -> None:
     _training(recipe, recipe.judge.train, "judge", "train")
     _data(recipe)
     _control(recipe)
+    _beside(recipe)
     if recipe.expect is not None and recipe.do in VERBS:
         arms = VERBS[recipe.do].arms(recipe)
         if recipe.expect.beats not in arms:
@@ -190,6 +191,19 @@ def _control(recipe: Recipe) -> None:
         if key not in known:
             more = nearest(key, known) or "; it takes none"
             raise BadInput(f"{recipe.at('control', key)}the control of {recipe.do} has no option {key!r}{more}")
+
+
+def _beside(recipe: Recipe) -> None:
+    """Further arms are checked like the control, and what is wrong is put down to them."""
+    if recipe.beside and recipe.do != "teach":
+        raise BadInput(f"{recipe.at('beside')}only teach takes arms beside its control, and this is {recipe.do}")
+    for arm in recipe.beside:
+        if arm in ("student", "control", "teacher"):
+            raise BadInput(f"{recipe.at('beside', arm)}there is an arm {arm!r} already")
+        try:
+            check_names(teach.arm_recipe(recipe.unplaced(), arm))
+        except BadInput as error:
+            raise BadInput(f"{recipe.at('beside', arm)}{str(error).removeprefix('recipe: ')}") from error
 
 
 # ---- the rehearsal: networks and losses meet one batch ---------------------------------------------------------------

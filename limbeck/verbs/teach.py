@@ -27,16 +27,32 @@ from limbeck.verbs.setting import (
 
 
 def arms(recipe: Recipe) -> list[str]:
-    """student, control, and the teacher when there is one."""
-    return ["student", "control", *(["teacher"] if recipe.teacher else [])]
+    """student, control, what the recipe sets beside them, and the teacher when there is one."""
+    return ["student", "control", *recipe.beside, *(["teacher"] if recipe.teacher else [])]
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
     """The recipe without its teacher: labels only, by the plain scheme, unless `control` says otherwise."""
-    changes: dict[str, object] = {"control": None, "store": None}
+    changes: dict[str, object] = {"control": None, "beside": None, "store": None}
     if "method" not in recipe.control:
-        changes |= {"method": None, "match": ["ce"]}
+        changes |= {"method": None, "match": ["ce"], **_untapped(recipe)}
     return recipe.with_changes({**changes, **recipe.control})
+
+
+def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
+    """What is trained in an arm: the recipe itself, its control, or the control as `beside` changes it."""
+    if arm == "control":
+        return control_recipe(recipe)
+    if arm not in recipe.beside:
+        return recipe
+    plain = {"control": None, "beside": None, "store": None, "method": None, "match": ["ce"], **_untapped(recipe)}
+    return recipe.with_changes(plain).with_changes(recipe.beside[arm])
+
+
+def _untapped(recipe: Recipe) -> dict[str, object]:
+    """Changes that take the taps off: controls of one setting are the same whatever a method reads in it."""
+    nets = {"student": recipe.student, "teacher": recipe.teacher}
+    return {role: {"taps": None} for role, net in nets.items() if net is not None and net.taps}
 
 
 def label(recipe: Recipe, arm: str) -> str:
@@ -45,7 +61,7 @@ def label(recipe: Recipe, arm: str) -> str:
     teacher = recipe.teacher.net if recipe.teacher else "nobody"
     if arm == "teacher":
         return teacher
-    told = control_recipe(recipe) if arm == "control" else recipe
+    told = arm_recipe(recipe, arm)
     if told.method is not None:
         how = knobs.split(told.method)[0]
     else:
@@ -64,7 +80,7 @@ def reads_teacher(recipe: Recipe) -> bool:
 
 def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, nn.Module]:
     """Train and judge one arm under one seed."""
-    recipe = control_recipe(setting.recipe) if arm == "control" else setting.recipe
+    recipe = arm_recipe(setting.recipe, arm)
     measures = default_measures(recipe, setting.splits.test)
     if arm == "teacher":
         if setting.teacher is None:

@@ -20,7 +20,7 @@ from limbeck.core import optim, schedule
 from limbeck.core.augment import build
 from limbeck.core.batches import Table, epoch, generator
 from limbeck.core.errors import BadInput
-from limbeck.core.nets import outputs
+from limbeck.core.nets import device_of, outputs
 from limbeck.core.unroll import krr, relu_kernels
 
 __all__ = ["Budget", "accuracy", "hits", "improvement", "judge", "kernel_logits", "logits", "train"]
@@ -34,7 +34,7 @@ Factory = Callable[[], nn.Module]
 @torch.no_grad()
 def logits(module: nn.Module, table: Table, *, batch_size: int = 512, precision: str = "fp32") -> Tensor:
     """Logits [N, ..., C] of every row of `table`, in fp32 on the CPU; eval mode, which is put back afterwards."""
-    device, training = _device(module), module.training
+    device, training = device_of(module), module.training
     module.eval()
     try:
         pieces = []
@@ -103,7 +103,7 @@ def train(
     run that asks for it. black: padding value of `budget.augment`. validation: keep the weights that are best there,
     looked at after every `check_every` epochs (0: the last weights are taken).
     """
-    device, order, n = _device(net), generator(seed, "judge"), len(inputs)
+    device, order, n = device_of(net), generator(seed, "judge"), len(inputs)
     inputs, labels = inputs.to(device), labels.to(device)
     transform = build(budget.augment, inputs.shape[-1], black) if budget.augment else None
     optimizer = optim.build(budget.optimizer, [p for p in net.parameters() if p.requires_grad])
@@ -211,11 +211,6 @@ def _loss(kind: str, out: Tensor, labels: Tensor) -> Tensor:
     if labels.ndim == 1:
         raise BadInput("a budget with the loss 'mse' needs soft labels [N, C], got class indices; use 'ce'")
     return 0.5 * (out - labels).square().sum(1).mean()
-
-
-def _device(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters(), None)
-    return parameter.device if parameter is not None else torch.device("cpu")
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

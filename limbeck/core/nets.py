@@ -47,6 +47,12 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network's weights are; the CPU when it has none."""
+    parameter = next(module.parameters(), None)
+    return parameter.device if parameter is not None else torch.device("cpu")
+
+
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Inside, every layer of the modules is in eval mode; afterwards each is in the mode that it was in."""

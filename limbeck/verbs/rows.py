@@ -26,6 +26,7 @@ from limbeck.core.evaluate import logits as predict
 from limbeck.core.nets import Nets
 from limbeck.recipe import Recipe, Train, merge
 from limbeck.verbs.setting import Outcome, Setting, batches_of, make_plan
+from limbeck.verbs.together import leads
 
 Row = dict[str, Any]
 ROWS = "rows.jsonl"
@@ -113,13 +114,11 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
     training = pool.training(places, tokens)
     if arm != "student":
         chosen = [pool.rows[i] for i in places.tolist()]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_rows(chosen, folder / ROWS)
+    written = save_rows(chosen, folder / ROWS)
     scores, seconds = _judge(setting, pool, training, train, seed, folder)
     read = tokens if pool.table is None else int(pool.sizes[places].sum())  # a classifier reads whole rows
     sizes = {"rows": float(len(chosen)), "tokens": float(read)}
-    bytes_read = (folder / ROWS).stat().st_size
-    return Outcome(label(setting.recipe, arm), scores, bytes=bytes_read, seconds=seconds, sizes=sizes), training
+    return Outcome(label(setting.recipe, arm), scores, bytes=written, seconds=seconds, sizes=sizes), training
 
 
 def pool_of(setting: Setting) -> Pool:
@@ -201,11 +200,15 @@ def held_out(setting: Setting, pool: Pool) -> Table:
     return _stretches(pool.tokenizer.encode(text), pool.tokenizer, pool.length).check()
 
 
-def save_rows(rows: list[Row], path: Path) -> None:
-    """Write rows as JSON lines, whole or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
-    draft.replace(path)
+def save_rows(rows: list[Row], path: Path) -> int:
+    """Write rows as JSON lines, whole or not at all, from the first process: how many bytes they are."""
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    if leads():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}")
+        draft.write_bytes(text)
+        draft.replace(path)
+    return len(text)
 
 
 def artefact(setting: Setting, folder: Path) -> Table:

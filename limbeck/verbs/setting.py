@@ -375,9 +375,11 @@ def validator(table: Table, train: Train, learner: str, metric: str) -> Callable
 @torch.no_grad()
 def cost(module: nn.Module, example: Mapping[str, Any], repeats: int = 15) -> dict[str, float]:
     """Parameters, bytes, and the median milliseconds of one forward pass on the one example given."""
-    from limbeck.core.nets import outputs
+    from limbeck.core.nets import device_of, outputs
 
     module = unwrap(module).eval()
+    device = device_of(module)
+    example = {name: value.to(device) for name, value in example.items()}
     state = module.state_dict()
     times = []
     for i in range(repeats + 3):

@@ -10,7 +10,7 @@ from limbeck.core import find, knobs
 from limbeck.core.batches import Table, generator
 from limbeck.core.errors import BadInput
 from limbeck.core.maths import energy_distance
-from limbeck.core.nets import Nets, outputs
+from limbeck.core.nets import Nets, device_of, outputs
 from limbeck.core.sampler import Denoiser, generate
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
@@ -97,7 +97,7 @@ def draw(module: Denoiser, test: Table, steps: int, seed: int) -> Tensor:
     """As many samples as the test set has examples (at most 2,000), from noise that all arms share."""
     count = min(SAMPLES, len(test))
     noise = torch.randn(count, *test["inputs"].shape[1:], generator=generator("samples", seed))
-    return generate(module, noise, steps, batch_size=500)
+    return generate(module, noise.to(device_of(module)), steps, batch_size=500).cpu()
 
 
 def compare(setting: Setting, samples: Tensor, real: Tensor) -> dict[str, float]:

@@ -218,7 +218,8 @@ class Recipe(_Strict):
     metric: str = Field("", description="the one figure that decides; default by verb and data")
     control: dict[str, Any] = Field(default_factory=dict, description="what the control changes besides its teacher")
     beside: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="teach: further arms by name, each with what it changes in the control"
+        default_factory=dict,
+        description="teach, shape: further arms by name, with what each changes in the control, or in a shaped student",
     )
     expect: Expect | None = Field(None, description="what `limbeck verify` should find")
     stages: list["Recipe"] = Field(

@@ -15,7 +15,6 @@ from limbeck import catalogue
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
 from limbeck.run import methods_of, run, source_digest
-from limbeck.verbs import teach
 from limbeck.verbs.check import VERBS, check_names
 from limbeck.verbs.result import Result
 from limbeck.verbs.together import first
@@ -60,7 +59,7 @@ def used(recipe: Recipe) -> set[str]:
     out = set(methods_of(recipe))
     if recipe.do in VERBS:
         out |= set(methods_of(VERBS[recipe.do].control_recipe(recipe)))
-        out |= {name for arm in recipe.beside for name in methods_of(teach.arm_recipe(recipe, arm))}
+        out |= {name for arm in recipe.beside for name in methods_of(VERBS[recipe.do].arm_recipe(recipe, arm))}
     return out | ({"ce", "denoising"} if recipe.teacher and recipe.teacher.train else set())
 
 

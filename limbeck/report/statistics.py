@@ -18,6 +18,7 @@ OPPONENTS = {
     "random": "the random subset",
     "removal": "removal alone",
     "scratch": "training from scratch",
+    "labels": "training on labels alone",
 }
 SUBJECTS = {
     "teach": "Distillation",

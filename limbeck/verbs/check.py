@@ -195,13 +195,13 @@ def _control(recipe: Recipe) -> None:
 
 def _beside(recipe: Recipe) -> None:
     """Further arms are checked like the control, and what is wrong is put down to them."""
-    if recipe.beside and recipe.do != "teach":
-        raise BadInput(f"{recipe.at('beside')}only teach takes arms beside its control, and this is {recipe.do}")
+    if recipe.beside and recipe.do not in ("teach", "shape"):
+        raise BadInput(f"{recipe.at('beside')}only teach and shape take arms beside the control, this is {recipe.do}")
     for arm in recipe.beside:
-        if arm in ("student", "control", "teacher"):
+        if arm in ("student", "control", "removal", "teacher"):
             raise BadInput(f"{recipe.at('beside', arm)}there is an arm {arm!r} already")
         try:
-            check_names(teach.arm_recipe(recipe.unplaced(), arm))
+            check_names(VERBS[recipe.do].arm_recipe(recipe.unplaced(), arm))
         except BadInput as error:
             raise BadInput(f"{recipe.at('beside', arm)}{str(error).removeprefix('recipe: ')}") from error
 

@@ -202,13 +202,14 @@ def held_out(setting: Setting, pool: Pool) -> Table:
 
 def save_rows(rows: list[Row], path: Path) -> int:
     """Write rows as JSON lines, whole or not at all, from the first process: how many bytes they are."""
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    data = text.encode(errors="backslashreplace")  # half a surrogate pair is written as JSON writes it
     if leads():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}")
-        draft.write_bytes(text)
+        draft.write_bytes(data)
         draft.replace(path)
-    return len(text)
+    return len(data)
 
 
 def artefact(setting: Setting, folder: Path) -> Table:

@@ -30,13 +30,22 @@ from limbeck.verbs.setting import (
 
 
 def arms(recipe: Recipe) -> list[str]:
-    """student (shaped and recovered), control (from scratch), removal (shaped only), teacher."""
-    return ["student", "control", "removal", "teacher"]
+    """student (shaped and recovered), control (from scratch), arms beside it, removal (shaped only), teacher."""
+    return ["student", "control", *recipe.beside, "removal", "teacher"]
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
     """The same architecture from random weights, on labels; the shaping method stays, to give the architecture."""
-    return recipe.with_changes({"match": ["ce"], "control": None, **recipe.control})
+    return recipe.with_changes({"match": ["ce"], "control": None, "beside": None, "expect": None, **recipe.control})
+
+
+def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
+    """What is trained in an arm: the recipe itself, its control, or the recipe as `beside` changes it."""
+    if arm == "control":
+        return control_recipe(recipe)
+    return (
+        recipe.with_changes({"beside": None, "expect": None, **recipe.beside[arm]}) if arm in recipe.beside else recipe
+    )
 
 
 def methods(recipe: Recipe) -> list[str]:
@@ -48,6 +57,8 @@ def label(recipe: Recipe, arm: str) -> str:
     """A plain description of an arm."""
     teacher = recipe.teacher.net if recipe.teacher else "teacher"
     shaped = f"{teacher} by {methods(recipe)[0]}"
+    if arm in recipe.beside:
+        return f"{shaped}, recovered with {' + '.join(methods(arm_recipe(recipe, arm))[1:])}"
     return {
         "student": f"{shaped}, recovered with {' + '.join(methods(recipe)[1:])}",
         "control": f"{shaped}, same architecture from scratch",
@@ -87,7 +98,7 @@ def artefact(setting: Setting, folder: Path) -> nn.Module:
 
 def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, nn.Module]:
     """Make, train and judge one arm under one seed."""
-    recipe = control_recipe(setting.recipe) if arm == "control" else setting.recipe
+    recipe = arm_recipe(setting.recipe, arm)
     torch.manual_seed(seed)
     seconds = 0.0
     if arm == "teacher":
@@ -96,7 +107,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         module = setting.teacher
     else:
         module = shaped(setting, blank=arm == "control")
-    if arm in ("student", "control"):
+    if arm not in ("removal", "teacher"):
         method = knobs.make("distill", {"match": tuple(recipe.match)})
         nets = Nets(student=module, teacher=setting.teacher)  # type: ignore[arg-type]
         fitted = setting.fit(

@@ -33,9 +33,9 @@ def arms(recipe: Recipe) -> list[str]:
 
 def control_recipe(recipe: Recipe) -> Recipe:
     """The recipe without its teacher: labels only, by the plain scheme, unless `control` says otherwise."""
-    changes: dict[str, object] = {"control": None, "beside": None, "store": None}
+    changes: dict[str, object] = {"control": None, "beside": None, "expect": None, "store": None}
     if "method" not in recipe.control:
-        changes |= {"method": None, "match": ["ce"], **_untapped(recipe)}
+        changes |= {"method": None, "match": ["ce"], "nets": None, **_untapped(recipe)}
     return recipe.with_changes({**changes, **recipe.control})
 
 
@@ -45,8 +45,8 @@ def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
         return control_recipe(recipe)
     if arm not in recipe.beside:
         return recipe
-    plain = {"control": None, "beside": None, "store": None, "method": None, "match": ["ce"], **_untapped(recipe)}
-    return recipe.with_changes(plain).with_changes(recipe.beside[arm])
+    plain = recipe.with_changes({"control": None, "method": None})
+    return control_recipe(plain).with_changes(recipe.beside[arm])
 
 
 def _untapped(recipe: Recipe) -> dict[str, object]:

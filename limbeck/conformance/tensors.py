@@ -90,9 +90,9 @@ def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
         "scales": lambda: [normal(5).abs() + 0.1, normal(6).abs() + 0.1],
         "shifts": lambda: [normal(5), normal(6)],
         "head_bias": lambda: normal(C),
-        "emb": lambda: normal(B, 3 + wide),
-        "hidden": lambda: normal(B, T, 3 + wide),
-        "head": lambda: normal(C, 3 + wide),
+        "emb": lambda: normal(B, 4 + 2 * wide),  # as wide as the last of the feats, which a head may read too
+        "hidden": lambda: normal(B, T, 4 + 2 * wide),
+        "head": lambda: normal(C, 4 + 2 * wide),
         "vocab_logits": lambda: normal(B, T + wide, 7 + 2 * wide),
         "map": lambda: normal(B, C, 4, 4),
         "cls": lambda: normal(B, 4, C),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.maths import kl, upcast
+from limbeck.core.responses import others
 
 
 @method(
@@ -52,8 +53,6 @@ def dkd(
 
 def _split(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Softened logits of [label, not the label] [..., 2], and of the other classes [..., C - 1]."""
-    logits, labels = upcast(logits) / temperature, labels.unsqueeze(-1)
-    others = torch.arange(logits.shape[-1] - 1, device=logits.device)
-    others = others + (others >= labels)
-    rest = logits.gather(-1, others)
-    return torch.cat([logits.gather(-1, labels), rest.logsumexp(-1, keepdim=True)], -1), rest
+    logits = upcast(logits) / temperature
+    rest = others(logits, labels)
+    return torch.cat([logits.gather(-1, labels.unsqueeze(-1)), rest.logsumexp(-1, keepdim=True)], -1), rest

@@ -203,7 +203,7 @@ def check_only_those_with_a_turn_change(name: str) -> None:
     for player in watched.trained:
         start = {k: v for k, v in before.items() if k.startswith(f"{player}.")}
         expect(
-            not start or any(not torch.equal(v, after[k]) for k, v in start.items()),
+            not start or any(k not in after or not torch.equal(v, after[k]) for k, v in start.items()),
             f"{player!r} has turns and did not move",
         )
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from limbeck.core.errors import BadInput
 from limbeck.core.find import ROOT
+from limbeck.core.names import NAMES
 
 INTEGERS = {"labels", "index", "negatives", "teacher_ids", "edges", "domain"}
-BOOLEANS = {"mask", "foreground"}
+BOOLEANS = {"mask", "attention_mask", "foreground"}
 _chosen: list[Path] = []
 
 
@@ -71,7 +72,7 @@ def tensor(name: str, value: Any) -> Any:
     """A nested list as the tensor, or list of tensors, that `name` stands for; floating point in fp64."""
     if name in ("rows", "seeds"):
         return value
-    if name.endswith(("_feats", "_attn")):
+    if NAMES.get(name, ("",))[0].startswith("["):  # a list, shallow to deep
         return [_number(name, v) for v in value]
     return _number(name, value)
 

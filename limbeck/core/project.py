@@ -32,8 +32,9 @@ def projector(kind: str, width: int, out: int, *, places: int = 1, bias: bool = 
         return Pointwise(nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out, bias=bias)))
     if kind == "conv":
         return Convolution(width, out)
-    if kind == "orthogonal":
-        return Pointwise(nn.utils.parametrizations.orthogonal(nn.Linear(width, out, bias=False)))
+    if kind == "orthogonal":  # Householder's signs would not survive weight decay, the matrix exponential does
+        matrix = nn.Linear(width, out, bias=False)
+        return Pointwise(nn.utils.parametrizations.orthogonal(matrix, orthogonal_map="matrix_exp"))
     if kind == "grouped":
         return Grouped(places, width, out)
     if kind == "attention":

@@ -111,7 +111,7 @@ def _net(recipe: Recipe, spec: Net, *path: Any) -> None:
     if spec.net in zoo.NETS:
         builder = zoo.NETS[spec.net]
         function = builder.func if isinstance(builder, partial) else builder
-        fixed = {*(builder.keywords if isinstance(builder, partial) else ()), "denoiser"}
+        fixed = {*(builder.keywords if isinstance(builder, partial) else ()), "denoiser", "graft"}
         for key, value in spec.options.items():
             with recipe.blamed(*path, key):
                 knobs.check(spec.net, function, {key: value} if key not in fixed else {})

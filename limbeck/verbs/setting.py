@@ -20,6 +20,7 @@ from limbeck.core.batches import Batches, Splits, Table
 from limbeck.core.checkpoint import fingerprint
 from limbeck.core.errors import BadInput, LimbeckError, MissingExtra, nearest
 from limbeck.core.evaluate import logits as predict
+from limbeck.core.graft import Grafted
 from limbeck.core.loop import Fitted, Method, Plan, fit
 from limbeck.core.nets import Nets
 from limbeck.core.sampler import Denoiser
@@ -413,6 +414,8 @@ def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
         body = {"net": spec.net, **spec.options}
         if isinstance(module, Denoiser):  # methods may change how it is read: schedule, boundary, solver
             body["denoiser"] = module.spec()
+        if isinstance(module, Grafted):  # what a method has put into the student for good
+            body["graft"] = module.spec()
         (folder / "net.json").write_text(json.dumps(body))
     inner: Any = unwrap(module)
     if hasattr(inner, "save_pretrained") and hasattr(getattr(inner, "config", None), "to_dict"):

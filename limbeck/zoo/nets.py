@@ -17,6 +17,7 @@ from torch import nn
 
 from limbeck.core import knobs
 from limbeck.core.errors import BadInput, MissingExtra, nearest
+from limbeck.core.graft import Grafted
 from limbeck.core.sampler import Denoiser
 from limbeck.zoo.convnet import convnet, mlp
 from limbeck.zoo.denoise import denoiser_mlp, generator, unet
@@ -66,11 +67,16 @@ def build(
 
     `unet` and `denoiser_mlp` come wrapped as a Denoiser; their knob `denoiser` says how, as Denoiser.from_spec reads
     it, such as {"schedule": "flow", "kind": "flow"}. Left out, it is the preconditioning of Karras et al. for data of
-    unit deviation. `file.py:Class` may ask for any of the facts by name.
+    unit deviation. `graft` is what a method such as `simkd` has put into a network for good, as Grafted.spec says.
+    `file.py:Class` may ask for any of the facts by name.
     """
     body = {"net": spec} if isinstance(spec, str) else dict(spec)
     if "net" not in body:
         raise BadInput("a network needs a `net`: a name of the zoo, timm:NAME, hf:NAME_OR_PATH or file.py:Class")
+    if "graft" in body:
+        graft: Any = body.pop("graft")
+        plain = build(body, classes=classes, channels=channels, size=size, vocab=vocab)
+        return Grafted.from_spec(plain, graft)
     name = str(body.pop("net"))
     facts = {"classes": classes, "channels": channels, "size": size, "vocab": vocab}
     known = {key: value for key, value in facts.items() if value is not None}

@@ -74,7 +74,7 @@ def test_the_orthogonal_projector_keeps_angles_while_it_is_trained() -> None:
     torch.manual_seed(0)
     net = projector("orthogonal", 3, 5)
     x, target = torch.randn(8, 3), torch.randn(8, 5)
-    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    optimizer = torch.optim.SGD(net.parameters(), 0.5, weight_decay=0.1)
     before = net(x).detach()
     for _ in range(5):
         optimizer.zero_grad()

@@ -3,10 +3,10 @@
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limbeck.core.bank import everyone
 from limbeck.core.card import method, require
 from limbeck.core.maths import upcast
 
@@ -86,7 +86,7 @@ class CRD(nn.Module):
         learning = self.training and torch.is_grad_enabled()
         with torch.autocast(student_emb.device.type, enabled=False):
             if labels is not None and learning:
-                self.classes[_everyone(index)] = _everyone(labels)
+                self.classes[everyone(index)] = everyone(labels)
             negatives = self._draw(index, labels) if negatives is None else negatives
             places = torch.cat([index.unsqueeze(1), negatives], 1)
             student = _unit(self.student_embed, student_emb)
@@ -101,7 +101,7 @@ class CRD(nn.Module):
 
     def _nce(self, side: int, anchors: Tensor, bank: Tensor, places: Tensor, learning: bool) -> Tensor:
         scores = (anchors @ bank.to(anchors.dtype).T).gather(1, places) / self.temperature
-        every = _everyone(scores.detach().flatten())
+        every = everyone(scores.detach().flatten())
         fresh = every.logsumexp(0) - math.log(len(every)) + math.log(len(bank))  # Z = mean exp(score) x size of the set
         log_z = torch.where(self.log_z[side].isinf(), fresh, self.log_z[side])
         if learning:
@@ -121,18 +121,9 @@ class CRD(nn.Module):
 
     @torch.no_grad()
     def _remember(self, bank: Tensor, index: Tensor, now: Tensor) -> None:
-        index, now = _everyone(index), _everyone(now).to(bank.dtype)
+        index, now = everyone(index), everyone(now).to(bank.dtype)
         bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * now)
 
 
 def _unit(embed: nn.Linear, embedding: Tensor) -> Tensor:
     return F.normalize(upcast(embed(embedding.flatten(1).to(embed.weight.dtype))))
-
-
-def _everyone(rows: Tensor) -> Tensor:
-    """The rows of all processes, which must bring equally many, so that every process keeps the same bank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    all_rows = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_rows, rows.contiguous())
-    return torch.cat(all_rows)

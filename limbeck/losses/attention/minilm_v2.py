@@ -1,0 +1,67 @@
+"""Queries, keys and values of one layer, cut into any number of heads, relate in the student as in the teacher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from limbeck.core.card import method, require
+from limbeck.core.features import pick
+from limbeck.core.heads import log_relation, looks_apart
+
+
+@method(
+    paper="Wang et al. 2020, MiniLMv2, eq. 5-8",
+    year=2020,
+    arxiv="2012.15828",
+    differs="as many relation heads as the asked-for number and both widths have in common",
+    variant_of="minilm",
+    zero_at_match=True,
+)
+def minilm_v2(
+    student_queries: list[Tensor],
+    teacher_queries: list[Tensor],
+    student_keys: list[Tensor],
+    teacher_keys: list[Tensor],
+    student_values: list[Tensor],
+    teacher_values: list[Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    relation_heads: int = 48,
+    layer: int = -1,
+    query_weight: float = 1.0,
+    key_weight: float = 1.0,
+    value_weight: float = 1.0,
+) -> Tensor:
+    """Sum over M = Q, K, V of weight_M KL(R_t || R_s), means over relation heads and tokens.  [B, T, D] lists -> [B]
+
+    R = softmax(M_a M_a^T / sqrt(d)) of each of the A pieces M_a [B, T, d = D / A] into which the heads, put side by
+    side, are cut anew. The student's last layer learns from one layer of the teacher; both may have any width and any
+    number of attention heads. Padding neither looks nor is looked at.
+
+    relation_heads: A >= 1, as far as both widths can be divided by it; 48 for a teacher of 12 heads, 64 for 16. More
+        heads, finer relations.
+    layer: of the teacher, from shallow (0) or from deep (-1); for large teachers one of the upper middle, 21 of 24.
+    query_weight: >= 0. key_weight: >= 0. value_weight: >= 0.
+
+    *Needs*: `queries`, `keys` and `values` of both (`attn: true` in the zoo), of the same tokens.
+    *Relates to*: weight 1 alone on unlabelled text, then `ce`; beside `ce` and `kd` on a task, 1 to 10. `minilm`
+        matches attention itself where heads agree.
+    *Differs*: see the card.
+    """
+    require(relation_heads >= 1, "relation_heads", relation_heads, ">= 1")
+    parts = {
+        "query_weight": (query_weight, student_queries, teacher_queries),
+        "key_weight": (key_weight, student_keys, teacher_keys),
+        "value_weight": (value_weight, student_values, teacher_values),
+    }
+    terms = []
+    for name, (weight, student, teacher) in parts.items():
+        require(weight >= 0, name, weight, ">= 0")
+        aim = teacher[pick("layer", teacher, layer, "teacher")].detach()
+        heads = math.gcd(relation_heads, student[-1].shape[-1], aim.shape[-1])
+        mine, its = (log_relation(x, heads, attention_mask) for x in (student[-1], aim))
+        terms.append(weight * looks_apart(mine, its, attention_mask))
+    return torch.stack(terms).sum(0)

@@ -1,0 +1,69 @@
+"""What losses over pairs of layers share: which layers, the sum over them, connectors, and examples that count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.errors import BadInput
+from limbeck.core.features import Shape, per_example, pick
+
+T = TypeVar("T", Tensor, Shape)
+
+
+def paired(name: str, student: Sequence[T], teacher: Sequence[T], layers: Sequence[int] = ()) -> list[tuple[T, T]]:
+    """Features of both, layer by layer; `layers` counts from shallow (0) or deep (-1), () takes all.
+
+    Raises BadInput when () meets different numbers of layers, or when a layer does not exist.
+    """
+    if not layers and len(student) != len(teacher):
+        raise BadInput(
+            f"`{name}` pairs layers one by one, got {len(student)} of the student and {len(teacher)} of the teacher; "
+            "tap as many, or choose some: layers: [-1]"
+        )
+    chosen = layers or range(len(student))
+    return [
+        (student[pick("layers", student, i, "student")], teacher[pick("layers", teacher, i, "teacher")]) for i in chosen
+    ]
+
+
+def each(error: Tensor) -> Tensor:
+    """The mean an example, or a token: maps and vectors [B, ...] -> [B], tokens [B, T, D] -> [B, T]."""
+    return error.mean(-1) if error.ndim == 3 else per_example(error)
+
+
+def summed(layers: Sequence[Tensor]) -> Tensor:
+    """The sum over layers of values [B] or [B, T]; [B], by the mean over tokens, unless all have the same tokens."""
+    same = all(layer.shape == layers[0].shape for layer in layers)
+    return torch.stack(
+        [layer if same else layer.flatten(1).mean(1) if layer.ndim > 1 else layer for layer in layers]
+    ).sum(0)
+
+
+def counted(mask: Tensor | None, rows: Tensor) -> Tensor:
+    """Which of the examples count: bool [B]. One with a mask over tokens counts if any of its tokens does."""
+    if mask is None:
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    return mask.bool().flatten(1).any(1) if mask.ndim > 1 else mask.bool()
+
+
+class Connector(nn.Module):
+    """A linear map at every place, without bias, and batch norm: a 1x1 convolution for maps, tokens and vectors alike.
+
+    Weights start from a normal distribution with the variance 2 / out.
+    """
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, out, bias=False), nn.BatchNorm1d(out)
+        nn.init.normal_(self.linear.weight, std=math.sqrt(2 / out))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        last = feature.movedim(1, -1) if feature.ndim == 4 else feature
+        rows = self.norm(self.linear(last.flatten(0, -2).to(self.linear.weight.dtype)))
+        out: Tensor = rows.unflatten(0, last.shape[:-1])
+        return out.movedim(-1, 1) if feature.ndim == 4 else out

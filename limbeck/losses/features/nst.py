@@ -1,0 +1,70 @@
+"""The student's channels, each a picture of where it fires, should be distributed like the teacher's channels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.core.card import method, require
+from limbeck.core.features import same_places, tokens
+from limbeck.core.layerwise import paired, summed
+from limbeck.core.maths import pair, pairwise_distances
+
+KERNELS = ("polynomial", "linear", "gaussian")
+
+
+@method(
+    paper="Huang and Wang 2017, section 4",
+    year=2017,
+    arxiv="1707.01219",
+    code="HobbitLong/RepDistiller@b84f547:distiller_zoo/NST.py",
+    differs="the code has the polynomial kernel alone",
+    zero_at_match=True,
+)
+def nst(
+    student_feats: list[Tensor],
+    teacher_feats: list[Tensor],
+    *,
+    kernel: Literal["polynomial", "linear", "gaussian"] = "polynomial",
+    layers: tuple[int, ...] = (),
+) -> Tensor:
+    """Sum over layers of mean k(f_t, f_t) + mean k(f_s, f_s) - 2 mean k(f_s, f_t).  [B, ...] lists -> [B]
+
+    f is a channel's pattern over the places, of unit length; the means are over all pairs of channels. This is the
+    squared maximum mean discrepancy of two sets of channels: their numbers and order do not matter. Larger maps are
+    average-pooled to the smaller.
+
+    kernel: polynomial: k(x, y) = (x . y)^2; linear: x . y, near to `at`; gaussian: exp(-|x - y|^2 / (2 s^2)) with s^2
+        the mean of |x - y|^2 over the pairs of the two sets, taken as a constant.
+    layers: which of the paired features, counted from shallow (0) or from deep (-1); () takes all.
+
+    *Needs*: maps, or tokens; the paper takes the last layer, the code every stage but the stem.
+    *Relates to*: use weight 50 beside `ce`; add `kd`. `at` sums the channels away first, `ickd` compares which channels
+        fire together; both are cheaper.
+    *Differs*: see the card.
+    """
+    require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
+    pairs = paired("nst", student_feats, teacher_feats, layers)
+    return summed([_discrepancy(student, teacher.detach(), kernel) for student, teacher in pairs])
+
+
+def _discrepancy(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
+    student, teacher = (F.normalize(tokens(x).mT, dim=2) for x in pair(*same_places(student, teacher)))
+    with torch.autocast(student.device.type, enabled=False):
+        if kernel == "gaussian":
+            between = [pairwise_distances(*xy, squared=True) for xy in _pairs(student, teacher)]
+            spread = between[2].detach().mean((1, 2), keepdim=True).clamp_min(torch.finfo(student.dtype).tiny)
+            alike = [(square / (-2 * spread)).exp() for square in between]
+        else:
+            power = 2 if kernel == "polynomial" else 1
+            alike = [(x @ y.mT) ** power for x, y in _pairs(student, teacher)]
+        of_student, of_teacher, across = (k.mean((1, 2)) for k in alike)
+        apart = of_student + of_teacher - 2 * across
+    return apart + (-apart).clamp_min(0).detach()  # lifts a rounding error below 0, leaves the gradient alone
+
+
+def _pairs(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(student, student), (teacher, teacher), (student, teacher)]

@@ -18,7 +18,7 @@ from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
 from limbeck.report import numerals, statistics
 from limbeck.report.page import html
-from limbeck.run import run
+from limbeck.run import methods_of, run
 from limbeck.verbs.setting import Event
 
 OWN = ("match", "method", "nets", "store")  # what a row brings along
@@ -76,6 +76,7 @@ def in_setting(key: str, setting: Recipe) -> Recipe:
     """
     known = catalogue.recipes()
     rows = [row for row, methods in catalogue.implemented().items() if key in methods and row in known]
+    rows = [row for row in rows if row == key or key in methods_of(load(known[row]))]
     if key in known or rows:
         own = load(known[key if key in known else rows[0]])
         if own.stages or own.do != setting.do:

@@ -384,7 +384,9 @@ class _Trained:
         self.method, self.steps = method, 0
         self.module = build(method, tensors(method, dtype=torch.float32), seed=seed)
         weights = list(self.module.parameters())
-        self.optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9) if weights else None
+        self.optimizer = torch.optim.SGD(
+            weights, lr=1e-3, momentum=0.9
+        )  # small: some losses are sums if weights else None
 
     def optimizer_from(self, other: "_Trained") -> None:
         if self.optimizer and other.optimizer:

@@ -117,10 +117,14 @@ def artefact(setting: Setting, folder: Path) -> nn.Module:
     return module.eval()
 
 
+LISTS = ("match", "first", "weak", "strong")  # knobs of training methods that hold losses
+
+
 def methods(recipe: Recipe) -> list[str]:
     """Every method that the recipe uses, for citations."""
     if recipe.method is None:
         return [parse(spec).name for spec in recipe.match]
     name, given = knobs.split(recipe.method)
-    losses = given.get("match", recipe.match) if "match" in knobs.annotations(find.get(name)) else ()
-    return [name, *(parse(spec).name for spec in losses)]
+    known = find.knobs(find.get(name))
+    lists = [given.get(key, recipe.match if key == "match" else known[key]) for key in LISTS if key in known]
+    return [name, *(parse(spec).name for losses in lists for spec in losses)]

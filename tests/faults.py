@@ -66,7 +66,9 @@ def _faults() -> Iterator[Fault]:
     yield _fault("dkd's teacher not detached", dkd, "teacher_logits.detach()", "teacher_logits")
     summed = "rest.logsumexp(-1, keepdim=True)"
     yield _fault("log of summed exponentials", dkd, summed, "rest.exp().sum(-1, keepdim=True).log()")
-    yield _fault("the label among the others", dkd, "(others >= labels)", "(others > labels)")
+    responses = "core/responses.py"
+    later = "(place >= labels.unsqueeze(-1))"
+    yield _fault("the label among the others", responses, later, later.replace(">=", ">"), "dkd")
     yield _fault("label smoothing ignored", ce, ", label_smoothing=label_smoothing)", ")")
     fitnets, at = "losses/features/fitnets.py", "losses/attention/at.py"
     yield _fault("the hint not detached", fitnets, "teacher_feats[self.layer].detach()", "teacher_feats[self.layer]")

@@ -53,4 +53,30 @@ def _where(features: Tensor, size: tuple[int, int], power: float) -> Tensor:
         features = F.adaptive_avg_pool2d(features, size)
     # The largest value becomes 1 first: the result is the same, but |A|^p neither overflows nor fades out in fp32.
     largest = features.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
-    return F.normalize((features / largest).abs().pow(power).sum(1).flatten(1))
+    energy: Tensor = _Energy.apply(features, largest, power)  # type: ignore[no-untyped-call]
+    return F.normalize(energy.flatten(1))
+
+
+class _Energy(torch.autograd.Function):
+    """sum_c |A_c / largest|^power, [B, C, H, W] -> [B, H, W], keeping nothing but A for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, largest: Tensor, power: float) -> Tensor:
+        return (features / largest).abs_().pow(power).sum(1)
+
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, float], output: Tensor
+    ) -> None:
+        features, largest, ctx.power = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(features, largest)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        features, largest = ctx.saved_tensors  # type: ignore[attr-defined]
+        power: float = ctx.power  # type: ignore[attr-defined]
+        scaled, weight = features / largest, (power * grads[0].unsqueeze(1)) / largest
+        slope = scaled if power == 2 else scaled.sign() * scaled.abs().pow(power - 1)
+        return slope * weight, None, None

@@ -108,7 +108,7 @@ class CRD(nn.Module):
             self.log_z[side] = log_z
         log_h = scores - log_z
         odds = (places.shape[1] - 1) / len(bank)
-        log_both = torch.logaddexp(log_h, log_h.new_tensor(math.log(odds + EPSILON)))
+        log_both = torch.logaddexp(log_h, log_h.new_full((), math.log(odds + EPSILON)))
         return log_both[:, 0] - log_h[:, 0] + (log_both[:, 1:] - math.log(odds)).sum(1)
 
     def _draw(self, index: Tensor, labels: Tensor | None) -> Tensor:
@@ -117,7 +117,9 @@ class CRD(nn.Module):
         if labels is not None:
             other = chance * (self.classes != labels.unsqueeze(1))
             chance = torch.where(other.any(1, keepdim=True), other, chance)
-        return torch.multinomial(chance, min(self.negative_count, int(chance.sum(1).min())))
+        count = min(self.negative_count, int(chance.sum(1).min()))
+        # The draw that torch.multinomial makes, without the look at the values by which it would wait for the device.
+        return (chance / torch.empty_like(chance).exponential_()).topk(count).indices
 
     @torch.no_grad()
     def _remember(self, bank: Tensor, index: Tensor, now: Tensor) -> None:

@@ -1,7 +1,6 @@
 """Inner layers speak in logits too: exits from every student layer learn what the teacher says at its end."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
@@ -75,7 +74,7 @@ class OFAKD(nn.Module):
     ) -> Tensor:
         """Per example."""
         p = log_probs(teacher_logits.detach(), self.temperature).exp()
-        label = F.one_hot(labels, p.shape[-1]).to(p)
+        label = torch.zeros_like(p).scatter_(-1, labels.unsqueeze(-1), 1.0)  # one_hot would read the labels first
         weights = (p + label) ** self.gamma - label
         dtype = next(self.parameters()).dtype
         said = [exit_(feat.to(dtype)) for exit_, feat in zip(self.exits, student_feats, strict=True)]

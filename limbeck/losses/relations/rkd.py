@@ -52,5 +52,5 @@ def _cosines(points: Tensor) -> Tensor:
     """cos of the angle at j between i and k, [j, i, k]; 0 where two of the points coincide."""
     arrows = points.unsqueeze(0) - points.unsqueeze(1)
     length = arrows.square().sum(-1, keepdim=True)
-    apart = length > 0  # a plain norm would send an infinite gradient through equal points
-    return gram(torch.where(apart, arrows / torch.where(apart, length, 1.0).sqrt(), 0.0))
+    apart = length > 0  # a plain norm would send an infinite gradient through equal points, one over inf sends 0
+    return gram(arrows / torch.where(apart, torch.where(apart, length, 1.0).sqrt(), torch.inf))

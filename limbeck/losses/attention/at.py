@@ -52,8 +52,9 @@ def _where(features: Tensor, size: tuple[int, int], power: float) -> Tensor:
     if features.shape[2:] != size:
         features = F.adaptive_avg_pool2d(features, size)
     # The largest value becomes 1 first: the result is the same, but |A|^p neither overflows nor fades out in fp32.
-    largest = features.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
-    energy: Tensor = _Energy.apply(features, largest, power)  # type: ignore[no-untyped-call]
+    flat = features.detach().flatten(1)
+    largest = torch.maximum(flat.amax(1), -flat.amin(1)).clamp_min(torch.finfo(features.dtype).tiny)
+    energy: Tensor = _Energy.apply(features, largest.view(-1, 1, 1, 1), power)  # type: ignore[no-untyped-call]
     return F.normalize(energy.flatten(1))
 
 
@@ -64,7 +65,8 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def forward(features: Tensor, largest: Tensor, power: float) -> Tensor:
-        return (features / largest).abs_().pow(power).sum(1)
+        scaled = features / largest
+        return (scaled.square_() if power == 2 else scaled.abs_().pow(power)).sum(1)
 
     @staticmethod
     def setup_context(
@@ -74,9 +76,9 @@ class _Energy(torch.autograd.Function):
         ctx.save_for_backward(features, largest)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         features, largest = ctx.saved_tensors  # type: ignore[attr-defined]
         power: float = ctx.power  # type: ignore[attr-defined]
-        scaled, weight = features / largest, (power * grads[0].unsqueeze(1)) / largest
+        scaled, weight = features / largest, (power * grad.unsqueeze(1)) / largest
         slope = scaled if power == 2 else scaled.sign() * scaled.abs().pow(power - 1)
         return slope * weight, None, None

@@ -93,9 +93,10 @@ class Fusion(nn.Module):
 
 def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
     """Weighted mean over scales of the mean squared error of two maps of equal shape: [B, C, H, W] x 2 -> [B]."""
-    loss, weight, total = per_example((student - teacher).square()), 1.0, 1.0
+    difference = student - teacher
+    loss, weight, total = per_example(difference.square()), 1.0, 1.0
     for size in SIZES:
         if size < student.shape[2]:
-            weight, difference = weight / 2, F.adaptive_avg_pool2d(student - teacher, size)
-            loss, total = loss + weight * per_example(difference.square()), total + weight
+            weight, pooled = weight / 2, F.adaptive_avg_pool2d(difference, size)
+            loss, total = loss + weight * per_example(pooled.square()), total + weight
     return loss / total

@@ -77,7 +77,7 @@ REFUSALS: list[tuple[str, Change, str, tuple[str, ...]]] = [
     ("metric", {"metric": "f1"}, "metric", ("'f1' is not measured", "accuracy")),
     ("expected", {"expect": {"metric": "ece"}}, "metric", ("'ece' is not measured", "accuracy")),
     ("opponent", {"expect": {"metric": "accuracy", "beats": "contrl"}}, "beats", ("did you mean `control`",)),
-    ("select", {"train": {**TRAIN, "select": "f1"}}, "select", ("no measure gives 'f1'",)),
+    ("select", {"train": {**TRAIN, "select": "f9"}}, "select", ("no measure gives 'f9'",)),
     ("control", {"control": {"trian": {}}}, "control", ("unknown key `trian`", "did you mean `train`")),
     ("control's loss", {"control": {"match": ["cee"]}}, "control", ("no method 'cee'", "`ce`")),
     ("verb", {"method": "layer_choice"}, "method", ("'layer_choice' is a method of shape/layers",)),

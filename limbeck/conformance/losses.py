@@ -384,9 +384,8 @@ class _Trained:
         self.method, self.steps = method, 0
         self.module = build(method, tensors(method, dtype=torch.float32), seed=seed)
         weights = list(self.module.parameters())
-        self.optimizer = torch.optim.SGD(
-            weights, lr=1e-3, momentum=0.9
-        )  # small: some losses are sums if weights else None
+        # a small rate, since some losses are sums
+        self.optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9) if weights else None
 
     def optimizer_from(self, other: "_Trained") -> None:
         if self.optimizer and other.optimizer:

@@ -165,12 +165,9 @@ def over_kd(key: str) -> str:
 def _gained(found: dict[str, Any], gain: dict[str, Any]) -> str:
     from limbeck.report import numerals
 
-    metric = found["metric"]
-    text = numerals.gained(metric, gain["mean"], found["higher_is_better"])
-    if gain["low"] is None:
-        return f"{text}, one seed"
-    spread = numerals.between(metric, gain["low"], gain["high"], found["higher_is_better"])
-    return f"{text} [{spread}], {gain['n']} seeds"
+    figures = gain["mean"], gain["low"], gain["high"], found["higher_is_better"]
+    many = "one seed" if gain["low"] is None else f"{gain['n']} seeds"
+    return f"{numerals.with_interval(found['metric'], *figures)}, {many}"
 
 
 def markdown(chosen: Iterable[Row]) -> str:

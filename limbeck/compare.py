@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from limbeck.core import find
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
 from limbeck.report import numerals, statistics
+from limbeck.report.files import plain
 from limbeck.report.page import html
+from limbeck.report.tables import aligned
 from limbeck.run import methods_of, run
 from limbeck.verbs.setting import Event
 
@@ -50,23 +52,9 @@ class Comparison:
     report: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json and compare.json."""
-
-        def gain(g: statistics.Gain | None) -> dict[str, Any] | None:
-            return None if g is None else {"mean": g.mean, "low": g.low, "high": g.high, "n": g.n}
-
-        rows = [
-            {
-                "key": row.key,
-                "values": row.values,
-                "gain": gain(row.gain),
-                f"over_{self.first}": gain(row.over),
-                "seconds": row.seconds,
-                "why": row.why,
-            }
-            for row in self.rows
-        ]
-        return {"metric": self.metric, "rows": rows, "report": str(self.report)}
+        """For --json and compare.json; None for what is not known, such as an interval from one seed."""
+        body: dict[str, Any] = plain(asdict(self))
+        return {**body, "report": str(self.report)}
 
 
 def in_setting(key: str, setting: Recipe) -> Recipe:
@@ -149,10 +137,7 @@ def lines(found: Comparison) -> list[str]:
     higher = not numerals.lower_is_better(found.metric)
 
     def told(gain: statistics.Gain | None) -> str:
-        if gain is None:
-            return ""
-        text = numerals.gained(found.metric, gain.mean, higher)
-        return text if gain.n < 2 else f"{text} [{numerals.between(found.metric, gain.low, gain.high, higher)}]"
+        return numerals.with_interval(found.metric, gain.mean, gain.low, gain.high, higher) if gain else ""
 
     head = ("method", numerals.pretty(found.metric), "over the control", f"over {found.first}", "seconds")
     cells = [head]
@@ -160,6 +145,4 @@ def lines(found: Comparison) -> list[str]:
         if row.values:
             mean = numerals.value(found.metric, sum(row.values) / len(row.values))
             cells.append((row.key, mean, told(row.gain), told(row.over), f"{row.seconds:,.0f}"))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    out = ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return out + [f"{row.key}: not run here: {row.why}" for row in found.rows if row.why]
+    return aligned(cells) + [f"{row.key}: not run here: {row.why}" for row in found.rows if row.why]

@@ -72,14 +72,10 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
     artefact: Any = None
     for seed in recipe.seeds:
         for arm in arms:
-            where = folder / f"seed-{seed}" / ("" if arm == "student" else arm)
-            outcome = Outcome.load(where) if setting.resume else None
-            if outcome is None:
-                outcome, made = one_arm(setting, verb, arm, seed, where, shared)
-                outcome.save(where)
-                artefact = made if arm == "student" and artefact is None else artefact
-            elif arm == "student" and artefact is None and hasattr(verb, "artefact"):
-                artefact = verb.artefact(setting, where)
+            outcome, made = one_arm(setting, verb, arm, seed, shared)
+            if arm == "student" and artefact is None:
+                known = made is None and hasattr(verb, "artefact")
+                artefact = verb.artefact(setting, place_of(folder, arm, seed)) if known else made
             arms[arm].append(outcome)
     gain, result = summary(recipe, arms, time.monotonic() - began)
     first(lambda: _report(setting, result))
@@ -97,21 +93,32 @@ def _report(setting: Setting, result: dict[str, Any]) -> None:
     html([folder], folder / "report.html")
 
 
-def one_arm(
-    setting: Setting, verb: ModuleType, arm: str, seed: int, where: Path, shared: Path | None
-) -> tuple[Outcome, Any]:
-    """One arm under one seed, in the folder `where`: its outcome and what it made.
+def place_of(folder: Path, arm: str, seed: int) -> Path:
+    """Where an arm writes under a seed; the student's folder holds those of the others."""
+    return folder / f"seed-{seed}" / ("" if arm == "student" else arm)
 
-    shared: a control that another run in the same setting has finished is taken from there, and then made nothing.
+
+def one_arm(setting: Setting, verb: ModuleType, arm: str, seed: int, shared: Path | None) -> tuple[Outcome, Any]:
+    """One arm under one seed: its outcome, which is also written down, and what it made.
+
+    What is taken up has made nothing: an arm that is done when resuming, and a control that another run in the same
+    setting has finished, from the folder `shared`.
     """
+    where = place_of(setting.folder, arm, seed)
     place = shared / _shared_key(setting, verb, arm, seed) if shared and arm != "student" else None
-    if place is not None and (known := Outcome.load(place)) is not None:
+    known = Outcome.load(where) if setting.resume else None
+    if known is not None:
+        return known, None
+    known = Outcome.load(place) if place is not None else None
+    if known is not None:
+        known.save(where)
         return known, None
     if setting.on_event is not None:
         setting.on_event({"arm": arm, "seed": seed, "label": verb.label(setting.recipe, arm)})
     outcome, made = verb.run(setting, arm, seed, where)
-    if place is not None:
-        outcome.save(place)
+    for folder in (where, place):
+        if folder is not None:
+            outcome.save(folder)
     return outcome, made
 
 

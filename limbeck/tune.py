@@ -5,7 +5,7 @@ The seeds of a search start at 100, so that the evidence, whose seeds start at 0
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from limbeck.core.errors import BadInput
 from limbeck.recipe import Recipe, load
 from limbeck.report import numerals
 from limbeck.report.statistics import gain as gain_of
+from limbeck.report.tables import aligned
 from limbeck.run import deciding, one_arm
 from limbeck.verbs import build
 from limbeck.verbs.check import VERBS, check_names
@@ -50,22 +51,18 @@ class Search:
         pick = min if numerals.lower_is_better(self.metric) else max
         return pick(self.trials, key=lambda trial: trial.mean)
 
-    def table(self) -> Iterator[str]:
+    def table(self) -> list[str]:
         """A line a trial below a head: the settings, the student's mean, and its gain with the 95 % interval."""
         higher = not numerals.lower_is_better(self.metric)
         keys = [override.partition("=")[0] for override in self.trials[0].overrides]
         rows = [[*keys, numerals.pretty(self.metric), "gain over the control", ""]]
         for trial in self.trials:
             gain = gain_of(trial.student, trial.control, higher_is_better=higher)
-            told = numerals.gained(self.metric, gain.mean, higher)
-            if gain.n > 1:
-                told += f" [{numerals.between(self.metric, gain.low, gain.high, higher)}]"
+            told = numerals.with_interval(self.metric, gain.mean, gain.low, gain.high, higher)
             values = [override.partition("=")[2] for override in trial.overrides]
             mark = "best" if trial is self.best else ""
             rows.append([*values, numerals.value(self.metric, trial.mean), told, mark])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        return aligned(rows)
 
 
 def combinations(grid: Sequence[str]) -> list[tuple[str, ...]]:
@@ -131,10 +128,5 @@ def _arms(recipe: Recipe, root: Path, on_event: Event | None) -> dict[str, list[
     out: dict[str, list[Outcome]] = {"student": [], "control": []}
     for seed in recipe.seeds:
         for arm, outcomes in out.items():
-            where = folder / f"seed-{seed}" / ("" if arm == "student" else arm)
-            outcome = Outcome.load(where)
-            if outcome is None:
-                outcome, _ = one_arm(setting, verb, arm, seed, where, shared)
-                outcome.save(where)
-            outcomes.append(outcome)
+            outcomes.append(one_arm(setting, verb, arm, seed, shared)[0])
     return out

@@ -4,7 +4,6 @@ Nothing else writes there. An interrupted verify goes on where it stopped, seed 
 """
 
 import json
-import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 from limbeck import catalogue
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
+from limbeck.report.files import plain
 from limbeck.run import methods_of, run, source_digest
 from limbeck.verbs.check import VERBS, check_names
 from limbeck.verbs.result import Result
@@ -109,7 +109,7 @@ def _gathered(key: str, recipe: Recipe, name: str, folder: Path, result: Result)
     if expect is not None and expect.published is not None:
         near = abs(mean - expect.published) <= (expect.within or 0.0)
         published = {"value": expect.published, "within": expect.within, "here": mean, "reproduced": near}
-    evidence: dict[str, Any] = _plain(
+    evidence: dict[str, Any] = plain(
         {
             "key": key,
             "recipe": catalogue.recipes()[key].name if key in catalogue.recipes() else name,
@@ -137,12 +137,3 @@ def _gathered(key: str, recipe: Recipe, name: str, folder: Path, result: Result)
     for checkpoints in folder.rglob("checkpoints"):  # the work is done; the figures stay
         shutil.rmtree(checkpoints, ignore_errors=True)
     return evidence
-
-
-def _plain(tree: Any) -> Any:
-    """The same with None for nan and infinities, which JSON does not know: an interval needs two seeds."""
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_plain(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,29 +17,7 @@ from limbeck.losses.features.ofd import margin
 from limbeck.losses.features.reviewkd import hierarchical
 from limbeck.losses.relations.ickd import patches
 from limbeck.train.plain.ft import Factors
-
-VECTORS = Path(__file__).parent / "vectors"
-FP64 = torch.float64
-
-
-def rand(*shape, seed=0, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FP64) * scale
-
-
-def close(a, b, tol=1e-11):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=FP64), torch.as_tensor(b, dtype=FP64), rtol=tol, atol=tol)
-
-
-def rotation(n, seed=0):
-    return torch.linalg.qr(rand(n, n, seed=seed)).Q
-
-
-def made(name, *args, **knobs):
-    """The module of a loss from the tensors that it will get, in fp64 and training mode."""
-    torch.manual_seed(0)
-    shapes = [[tuple(x.shape) for x in a] if isinstance(a, list) else tuple(a.shape) for a in args]
-    return get(name)(*shapes, **knobs).double()
-
+from tests.numbers import FP64, VECTORS, close, made, rand, rotation
 
 order = torch.tensor([3, 0, 4, 1, 2])
 

@@ -14,7 +14,8 @@ from limbeck.core.alignment import Alignment
 from limbeck.core.bank import Bank, ClassMeans
 from limbeck.core.errors import BadInput
 from limbeck.core.exits import exit_from
-from limbeck.core.graft import Bottleneck, Grafted, anatomy, picture, shrunk
+from limbeck.core.features import picture, shrunk
+from limbeck.core.graft import Bottleneck, Grafted, anatomy
 from limbeck.core.loop import Clock, Plan, fit
 from limbeck.core.maths import sinkhorn
 from limbeck.core.nets import Nets

@@ -3,7 +3,6 @@
 import json
 import math
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,22 +11,12 @@ import torch.nn.functional as F
 from limbeck.core.errors import BadInput
 from limbeck.core.find import get
 from limbeck.core.reduce import mean
-
-VECTORS = Path(__file__).parent / "vectors"
-FP64 = torch.float64
-
-
-def rand(*shape, seed=0, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FP64) * scale
-
-
-def grad(loss, x):
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(mean(loss(x)).value, x)[0]
+from tests import numbers
+from tests.numbers import FP64, VECTORS, grad, rand
 
 
 def close(a, b, tol=1e-12):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=FP64), torch.as_tensor(b, dtype=FP64), rtol=tol, atol=tol)
+    numbers.close(a, b, tol)
 
 
 s, t, y = rand(6, 5, seed=1, scale=3), rand(6, 5, seed=2, scale=3), torch.tensor([0, 1, 2, 3, 4, 2])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,25 +12,8 @@ from limbeck.core.errors import BadInput
 from limbeck.core.find import get
 from limbeck.core.loop import Clock, Plan, fit
 from limbeck.core.nets import Nets
-from limbeck.core.reduce import mean
 from limbeck.core.responses import average, column_correlation, others, row_correlation, rows, standardized
-
-VECTORS = Path(__file__).parent / "vectors"
-FP64 = torch.float64
-
-
-def rand(*shape, seed=0, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FP64) * scale
-
-
-def grad(loss, x):
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(mean(loss(x)).value, x)[0]
-
-
-def close(a, b, tol=1e-11):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=FP64), torch.as_tensor(b, dtype=FP64), rtol=tol, atol=tol)
-
+from tests.numbers import FP64, VECTORS, close, grad, rand
 
 s, t, y = rand(6, 5, seed=1, scale=2), rand(6, 5, seed=2, scale=2), torch.tensor([0, 1, 2, 3, 4, 2])
 factor, shift = rand(6, 1, seed=3).abs() + 0.2, rand(6, 1, seed=4, scale=5)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,24 +14,7 @@ from limbeck.core.find import get
 from limbeck.core.loop import Clock, Plan, fit
 from limbeck.core.nets import Nets
 from limbeck.core.places import activation, class_maps, local_logits
-from limbeck.core.reduce import mean
-
-VECTORS = Path(__file__).parent / "vectors"
-FP64 = torch.float64
-
-
-def rand(*shape, seed=0, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FP64) * scale
-
-
-def grad(loss, x):
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(mean(loss(x)).value, x)[0]
-
-
-def close(a, b, tol=1e-11):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=FP64), torch.as_tensor(b, dtype=FP64), rtol=tol, atol=tol)
-
+from tests.numbers import FP64, VECTORS, close, grad, rand
 
 s, t, y = rand(6, 5, seed=1, scale=2), rand(6, 5, seed=2, scale=2), torch.tensor([0, 1, 2, 3, 4, 2])
 some = torch.tensor(

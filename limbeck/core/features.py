@@ -48,6 +48,13 @@ def as_map(feature: Tensor) -> Tensor:
     return picture
 
 
+def picture(feature: Tensor) -> Tensor:
+    """A map; tokens as a square picture, or as their mean when they make none; a vector as one place."""
+    if feature.ndim == 3 and math.isqrt(feature.shape[1]) ** 2 != feature.shape[1]:
+        feature = pooled(feature)
+    return as_map(feature)
+
+
 def pooled(feature: Tensor, real: Tensor | None = None) -> Tensor:
     """[B, D]: the mean over places; real [B, T]: only over those tokens."""
     places = tokens(feature)
@@ -75,11 +82,14 @@ def same_places(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return pooled(student), pooled(teacher)
     one, other = as_map(student), as_map(teacher)
     size = (min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3]))
-    return _shrunk(one, size), _shrunk(other, size)
+    return shrunk(one, size), shrunk(other, size)
 
 
-def _shrunk(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    return feature if tuple(feature.shape[2:]) == size else F.adaptive_avg_pool2d(feature, size)
+def shrunk(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Maps averaged down to at most `size`."""
+    if size is None or (maps.shape[2] <= size[0] and maps.shape[3] <= size[1]):
+        return maps
+    return F.adaptive_avg_pool2d(maps, (min(maps.shape[2], size[0]), min(maps.shape[3], size[1])))
 
 
 def common(student: Shape, teacher: Shape) -> tuple[Shape, Shape]:

@@ -5,17 +5,15 @@ A neck is a module that takes maps [B, C, H, W] and gives two: what is matched, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput
-from limbeck.core.features import as_map, pooled
+from limbeck.core.features import picture, pooled, shrunk
 from limbeck.core.nets import Batch, Nets, evaluating, outputs
 from limbeck.core.taps import Taps, find_layer, unwrap
 
@@ -165,17 +163,3 @@ def put(module: nn.Module, path: str, layer: nn.Module) -> None:
     """Put a layer in the place of the one at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(find_layer(module, parent) if parent else unwrap(module), name, layer)
-
-
-def picture(feature: Tensor) -> Tensor:
-    """A map; tokens as a square picture, or as their mean when they make none; a vector as one place."""
-    if feature.ndim == 3 and math.isqrt(feature.shape[1]) ** 2 != feature.shape[1]:
-        feature = pooled(feature)
-    return as_map(feature)
-
-
-def shrunk(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Maps averaged down to at most `size`."""
-    if size is None or (maps.shape[2] <= size[0] and maps.shape[3] <= size[1]):
-        return maps
-    return F.adaptive_avg_pool2d(maps, (min(maps.shape[2], size[0]), min(maps.shape[3], size[1])))

@@ -1,8 +1,10 @@
 """Files that a report writes are whole or absent: written beside their place, then moved into it."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from limbeck.core.errors import LimbeckError
 
@@ -25,3 +27,12 @@ def write(path: Path, content: bytes) -> Path:
             Path(part).unlink(missing_ok=True)
         raise LimbeckError(f"{path} cannot be written: {error.strerror or error}; nothing was changed") from None
     return path
+
+
+def plain(tree: Any) -> Any:
+    """The same with None for nan and infinities, which JSON does not know: an interval needs two seeds."""
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [plain(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

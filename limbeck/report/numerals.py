@@ -147,6 +147,14 @@ def between(metric: str, low: float, high: float, higher_is_better: bool) -> str
     return f"{bare_amount(metric, low)} {low_way} to {bare_amount(metric, high)} {high_way}"
 
 
+def with_interval(metric: str, mean: float, low: float | None, high: float | None, higher_is_better: bool) -> str:
+    """'+2.8 points [+0.8 to +4.8]'; without the brackets where the bounds are unknown, as with one seed."""
+    text = gained(metric, mean, higher_is_better)
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return text
+    return f"{text} [{between(metric, low, high, higher_is_better)}]"
+
+
 def bare_amount(metric: str, difference: float) -> str:
     """The size of a difference without its unit."""
     return points(abs(difference)) if is_fraction(metric) else bare(metric, abs(difference))

@@ -54,6 +54,12 @@ def markdown(runs: Sequence[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Plain lines in which every column of `rows` begins at the same letter."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def inert(text: str) -> str:
     """Text that Markdown shows as it stands: on one line, with what it would take for markup escaped."""
     flat = " ".join(text.split("\n")).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

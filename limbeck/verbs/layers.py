@@ -11,6 +11,7 @@ from limbeck.core.batches import Batches
 from limbeck.core.errors import BadInput
 from limbeck.core.layers import Pairing, propose, taps_of
 from limbeck.recipe import load
+from limbeck.report.tables import aligned
 from limbeck.verbs import build
 
 EXAMPLES = 256  # CKA needs more examples than classes to tell layers apart; this many are quick to run
@@ -42,8 +43,7 @@ def lines(found: Sequence[Pairing]) -> list[str]:
         (p.student, _shape(p.student_shape), p.teacher, _shape(p.teacher_shape), f"{p.alike:.2f}", p.projector)
         for p in found
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return aligned(cells)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -21,7 +21,7 @@ TINY = 1e-12  # of a length, so that embeddings of zeros have one
     "set before it begins",
     exceptions={
         "mask": "the projector's batch norm takes its statistics over the whole batch, masked examples too",
-        "batch_order": "the projector's dropout hits other units of an example that stands at another place",
+        "batch order": "the projector's dropout hits other units of an example that stands at another place",
     },
 )
 class NDLoss(nn.Module):

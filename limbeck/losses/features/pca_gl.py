@@ -22,7 +22,7 @@ from limbeck.core.maths import gram, pair
     "not given, are knobs",
     row="cross_arch_pca_gl",
     exceptions={
-        "batch_order": "which entries are the teacher's is drawn anew for each example, in the order of the batch",
+        "batch order": "which entries are the teacher's is drawn anew for each example, in the order of the batch",
         "gradcheck": "the student's gradient of the discriminator's loss is reversed on purpose",
     },
 )

@@ -18,7 +18,7 @@ from limbeck.core.maths import gram, pair
     code="DefangChen/SimKD@2b389c3:models/util.py",
     differs="a batch smaller than that of the start, which the code skips, counts as if the missing examples were zero",
     exceptions={
-        "batch_order": "the paper embeds rows of the batch's similarity matrix, whose columns are in the batch's order",
+        "batch order": "the paper embeds rows of the batch's similarity matrix, whose columns are in the batch's order",
         "mask": "similarities to masked examples and the regressors' batch norm take in the whole batch",
     },
 )

@@ -21,7 +21,7 @@ def shuffled(logprobs: Tensor) -> Tensor:
     year=2018,
     arxiv="1805.04770",
     row="ban",
-    exceptions={"batch_order": "every call shuffles the wrong classes of every example anew"},
+    exceptions={"batch order": "every call shuffles the wrong classes of every example anew"},
 )
 def dkpp(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(shuffled softmax(teacher) || softmax(student)); the likeliest class stays.  [..., C] x 2 -> [...]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
-from limbeck.core.features import same_places
-from limbeck.core.graft import anatomy, picture, tap
+from limbeck.core.features import picture, same_places
+from limbeck.core.graft import anatomy, tap
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets, evaluating

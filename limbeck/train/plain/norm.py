@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
-from limbeck.core.features import per_example
-from limbeck.core.graft import Grafted, anatomy, picture, put, tap
+from limbeck.core.features import per_example, picture
+from limbeck.core.graft import Grafted, anatomy, put, tap
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
-from limbeck.core.features import per_example
-from limbeck.core.graft import Bottleneck, Grafted, anatomy, picture, shrunk, tap
+from limbeck.core.features import per_example, picture, shrunk
+from limbeck.core.graft import Bottleneck, Grafted, anatomy, tap
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets

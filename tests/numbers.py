@@ -1,0 +1,42 @@
+"""What the tests of invariants share: random numbers in fp64, gradients of losses, and modules from what they get."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.find import get
+from limbeck.core.reduce import mean
+
+VECTORS = Path(__file__).parent / "vectors"
+FP64 = torch.float64
+
+
+def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers of a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FP64) * scale
+
+
+def rotation(n: int, seed: int = 0) -> Tensor:
+    """A random orthogonal matrix [n, n]."""
+    return torch.linalg.qr(rand(n, n, seed=seed)).Q
+
+
+def grad(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The gradient of a loss's mean."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(mean(loss(x)).value, x)[0]
+
+
+def close(a: Any, b: Any, tol: float = 1e-11) -> None:
+    """Fail unless the numbers agree."""
+    torch.testing.assert_close(torch.as_tensor(a, dtype=FP64), torch.as_tensor(b, dtype=FP64), rtol=tol, atol=tol)
+
+
+def made(name: str, *args: Any, **knobs: Any) -> nn.Module:
+    """The module of a loss from the tensors that it will get, in fp64 and training mode."""
+    torch.manual_seed(0)
+    shapes = [[tuple(x.shape) for x in a] if isinstance(a, list) else tuple(a.shape) for a in args]
+    return get(name)(*shapes, **knobs).double()

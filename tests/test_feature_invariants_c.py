@@ -352,11 +352,17 @@ def test_stagewise_trains_projectors_of_a_stage_in_that_stage_only():
 # ---- what they share -----------------------------------------------------------------------------------------------
 def test_layers_are_paired_by_place_and_chosen_from_either_end():
     student, teacher = [(2, 3)], [(2, 4), (2, 5)]
-    assert paired("sp", student, teacher, (-1,)) == [((2, 3), (2, 5))]
-    with pytest.raises(BadInput, match="`sp` pairs layers one by one, got 1 of the student and 2 of the teacher"):
-        paired("sp", student, teacher)
+    assert paired(student, teacher, (-1,)) == [((2, 3), (2, 5))]
+    assert paired(student, teacher) == [((2, 3), (2, 5))]
     with pytest.raises(BadInput, match="1 is none of the 1 features of the student"):
-        paired("sp", student, teacher, (1,))
+        paired(student, teacher, (1,))
+
+
+def test_layers_of_unlike_depth_are_paired_by_relative_depth_and_the_last_with_the_last():
+    two, three, six = list("ab"), list("ABC"), list("uvwxyz")
+    assert paired(two, six) == [("a", "w"), ("b", "z")]
+    assert paired(six, three) == [("v", "A"), ("x", "B"), ("z", "C")]
+    assert paired(two, three) == [("a", "A"), ("b", "C")]
 
 
 def test_sums_over_layers_keep_tokens_only_where_all_layers_have_them():

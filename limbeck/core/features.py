@@ -64,7 +64,7 @@ def pooled(feature: Tensor, real: Tensor | None = None) -> Tensor:
     return (places * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
-def pick(name: str, feats: Sequence[Tensor] | Sequence[Shape], layer: int, side: str) -> int:
+def pick(name: str, feats: Sequence[object], layer: int, side: str) -> int:
     """`layer`, counted from shallow (0) or from deep (-1), as a place in `feats`. Raises BadInput when it is none."""
     if not -len(feats) <= layer < len(feats):
         raise BadInput(f"`{name}`: {layer} is none of the {len(feats)} features of the {side}")

@@ -9,26 +9,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.errors import BadInput
 from limbeck.core.features import Shape, per_example, pick
+from limbeck.core.taps import spread
 
 T = TypeVar("T", Tensor, Shape)
 
 
-def paired(name: str, student: Sequence[T], teacher: Sequence[T], layers: Sequence[int] = ()) -> list[tuple[T, T]]:
+def paired(student: Sequence[T], teacher: Sequence[T], layers: Sequence[int] = ()) -> list[tuple[T, T]]:
     """Features of both, layer by layer; `layers` counts from shallow (0) or deep (-1), () takes all.
 
-    Raises BadInput when () meets different numbers of layers, or when a layer does not exist.
+    With () and different numbers of layers those of equal relative depth are paired, the last with the last, and the
+    network that has more keeps some to itself. Raises BadInput when a layer does not exist.
     """
-    if not layers and len(student) != len(teacher):
-        raise BadInput(
-            f"`{name}` pairs layers one by one, got {len(student)} of the student and {len(teacher)} of the teacher; "
-            "tap as many, or choose some: layers: [-1]"
-        )
-    chosen = layers or range(len(student))
-    return [
-        (student[pick("layers", student, i, "student")], teacher[pick("layers", teacher, i, "teacher")]) for i in chosen
-    ]
+    if layers:
+        pairs = [(pick("layers", student, i, "student"), pick("layers", teacher, i, "teacher")) for i in layers]
+    else:
+        pairs = spread(len(student), len(teacher))
+    return [(student[i], teacher[j]) for i, j in pairs]
 
 
 def each(error: Tensor) -> Tensor:

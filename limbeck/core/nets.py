@@ -18,7 +18,8 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Run a network on a batch and name what it returns: {"logits": ..., "feats": [...], ...}, without prefix.
 
     A tensor is taken as logits, a mapping as named tensors. A module that lists `reads = ("inputs", "edges")` gets
-    those entries of the batch; a transformers model gets its main input and the attention mask; others get `inputs`.
+    those entries of the batch; a transformers model gets its main input and the attention mask, and gives its attention
+    maps when its configuration says `output_attentions`; others get `inputs`.
     """
     inner: Any = unwrap(module)
     reads = getattr(inner, "reads", None)
@@ -36,7 +37,12 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {"logits": out}
     if hasattr(out, "hidden_states") and out.hidden_states is not None:
         hidden = list(out.hidden_states)
-        return {**{k: v for k, v in out.items() if k == "logits"}, "feats": hidden[1:], "hidden": hidden[-1]}
+        told = {"feats": hidden[1:], "hidden": hidden[-1]}
+        if getattr(out, "logits", None) is not None:
+            told["logits"] = out.logits
+        if getattr(out, "attentions", None):
+            told["attn"] = list(out.attentions)
+        return told
     if isinstance(out, Mapping):
         return dict(out)
     if hasattr(out, "logits"):

@@ -44,8 +44,9 @@ def untap(module: nn.Module) -> None:
 
 
 def spread(student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-    """Pairs (student index, teacher index) that spread the student's layers evenly over the teacher's, last on last."""
-    return [(i, (i + 1) * teacher_depth // student_depth - 1) for i in range(student_depth)]
+    """Pairs (student index, teacher index) of equal relative depth, last on last; the deeper one leaves some out."""
+    pairs = min(student_depth, teacher_depth)
+    return [((i + 1) * student_depth // pairs - 1, (i + 1) * teacher_depth // pairs - 1) for i in range(pairs)]
 
 
 def find_parameter(module: nn.Module, path: str) -> nn.Parameter | None:

@@ -53,7 +53,7 @@ class MIAlpha(nn.Module):
         require(0 <= alpha <= 1, "alpha", alpha, "in [0, 1]")
         require(hidden >= 1, "hidden", hidden, ">= 1")
         self.alpha, self.layers, self.hidden = alpha, layers, hidden
-        pairs = paired("mi_alpha", student_feats, teacher_feats, layers)
+        pairs = paired(student_feats, teacher_feats, layers)
         self.critics = nn.ModuleList(Critic(width(s), width(t), hidden) for s, t in pairs)
 
     def forward(
@@ -64,7 +64,7 @@ class MIAlpha(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """One value a batch; 0 when fewer than two examples of it count."""
-        pairs = paired("mi_alpha", student_feats, teacher_feats, self.layers)
+        pairs = paired(student_feats, teacher_feats, self.layers)
         bounds = []
         for critic, (student, teacher) in zip(self.critics, pairs, strict=True):
             counts = counted(mask, student)

@@ -48,13 +48,13 @@ class AB(nn.Module):
         super().__init__()
         require(margin > 0, "margin", margin, "> 0")
         self.margin, self.layers = margin, layers
-        widths = [(width(s), width(t)) for s, t in paired("ab", student_feats, teacher_feats, layers)]
+        widths = [(width(s), width(t)) for s, t in paired(student_feats, teacher_feats, layers)]
         self.connectors = nn.ModuleList(nn.Identity() if s == t else Connector(s, t) for s, t in widths)
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example: a sum over channels and places."""
         losses = []
-        pairs = paired("ab", student_feats, teacher_feats, self.layers)
+        pairs = paired(student_feats, teacher_feats, self.layers)
         for (student, teacher), connector in zip(pairs, self.connectors, strict=True):
             student, teacher = same_places(student, teacher.detach())
             student, teacher = pair(as_map(connector(student)), as_map(teacher))

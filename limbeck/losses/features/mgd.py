@@ -56,7 +56,7 @@ class MGD(nn.Module):
         require(0 <= masked < 1, "masked", masked, "in [0, 1)")
         require(holes in ("place", "channel"), "holes", holes, "place or channel")
         self.masked, self.holes, self.layers = masked, holes, layers
-        widths = [(width(s), width(t)) for s, t in paired("mgd", student_feats, teacher_feats, layers)]
+        widths = [(width(s), width(t)) for s, t in paired(student_feats, teacher_feats, layers)]
         self.aligns = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in widths)
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(t, t, 3, padding=1), nn.ReLU(), nn.Conv2d(t, t, 3, padding=1)) for _, t in widths
@@ -65,7 +65,7 @@ class MGD(nn.Module):
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example: a sum over channels and places."""
         losses = []
-        pairs = paired("mgd", student_feats, teacher_feats, self.layers)
+        pairs = paired(student_feats, teacher_feats, self.layers)
         for (student, teacher), align, generator in zip(pairs, self.aligns, self.generators, strict=True):
             student, teacher = (as_map(x) for x in same_places(student, teacher.detach()))
             student = align(student.to(next(generator.parameters()).dtype))

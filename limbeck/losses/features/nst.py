@@ -47,7 +47,7 @@ def nst(
     *Differs*: see the card.
     """
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
-    pairs = paired("nst", student_feats, teacher_feats, layers)
+    pairs = paired(student_feats, teacher_feats, layers)
     return summed([_discrepancy(student, teacher.detach(), kernel) for student, teacher in pairs])
 
 

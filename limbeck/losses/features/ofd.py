@@ -50,7 +50,7 @@ class OFD(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = layers
-        pairs = paired("ofd", student_feats, teacher_feats, layers)
+        pairs = paired(student_feats, teacher_feats, layers)
         for name, found in (("scales", teacher_scales), ("shifts", teacher_shifts)):
             if len(found) != len(teacher_feats):
                 raise BadInput(f"`ofd` needs the teacher's {name} of {len(teacher_feats)} layers, got {len(found)}")
@@ -64,12 +64,12 @@ class OFD(nn.Module):
         teacher_shifts: list[Tensor],
     ) -> Tensor:
         """Per example: a sum over channels and places."""
-        pairs = paired("ofd", student_feats, teacher_feats, self.layers)
-        margins = [margin(*m) for m in zip(teacher_scales, teacher_shifts, strict=True)]
+        pairs = paired(student_feats, teacher_feats, self.layers)
+        margins = paired(
+            student_feats, [margin(*m) for m in zip(teacher_scales, teacher_shifts, strict=True)], self.layers
+        )
         losses = []
-        for (student, teacher), m, connector in zip(
-            pairs, [margins[i] for i in self.layers] or margins, self.connectors, strict=True
-        ):
+        for (student, teacher), (_, m), connector in zip(pairs, margins, self.connectors, strict=True):
             student, teacher = same_places(student, teacher.detach())
             student, teacher = pair(as_map(connector(student)), as_map(teacher))
             target = torch.maximum(teacher, m.to(teacher)[:, None, None])

@@ -48,7 +48,7 @@ class ReviewKD(nn.Module):
         super().__init__()
         require(width >= 1, "width", width, ">= 1")
         self.width, self.pooled = width, pooled
-        widths = [(channels(s), channels(t)) for s, t in paired("reviewkd", student_feats, teacher_feats)]
+        widths = [(channels(s), channels(t)) for s, t in paired(student_feats, teacher_feats)]
         widths += widths[-1:] if pooled else []
         middle = min(width, widths[-1][0])
         self.blocks = nn.ModuleList(Fusion(s, middle, t, fuse=i + 1 < len(widths)) for i, (s, t) in enumerate(widths))

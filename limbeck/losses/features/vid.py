@@ -50,7 +50,7 @@ class VID(nn.Module):
         super().__init__()
         require(variance > EPSILON, "variance", variance, f"> {EPSILON}")
         self.variance, self.layers = variance, layers
-        widths = [(width(s), width(t)) for s, t in paired("vid", student_feats, teacher_feats, layers)]
+        widths = [(width(s), width(t)) for s, t in paired(student_feats, teacher_feats, layers)]
         self.means = nn.ModuleList(_mean(s, t) for s, t in widths)
         start = math.log(math.expm1(variance - EPSILON))
         self.spreads = nn.ParameterList(torch.full((t,), start) for _, t in widths)
@@ -58,7 +58,7 @@ class VID(nn.Module):
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example, or per token for tokens."""
         losses = []
-        pairs = paired("vid", student_feats, teacher_feats, self.layers)
+        pairs = paired(student_feats, teacher_feats, self.layers)
         for (student, teacher), mean, spread in zip(pairs, self.means, self.spreads, strict=True):
             student, teacher = same_places(student.to(spread.dtype), teacher.detach())
             predicted, teacher = pair(mean(student), teacher)

@@ -31,10 +31,10 @@ class FSP(nn.Module):
     F_1 [m, places] is an early layer and F_2 [n, places] a later one of the same network: G says which channels of the
     one call for which of the other.
 
-    flows: pairs (early, later) of places in the lists of features, from shallow (0) or from deep (-1); () takes every
+    flows: pairs (early, later) of places among the paired layers, from shallow (0) or from deep (-1); () takes every
         layer with the next.
 
-    *Needs*: at least two maps of each network, as many a side and of the same widths; in the paper the first and the
+    *Needs*: at least two maps of each network; in the paper the first and the
         last of each stage of a residual network.
     *Relates to*: first stage of `stagewise`, then `ce`: a student that learns fast from little. The sum grows with the
         features: start at weight 0.001 (RepDistiller's 50 is 50 / (m n) here). `ickd` is a relation within one layer.
@@ -46,27 +46,28 @@ class FSP(nn.Module):
     ) -> None:
         super().__init__()
         self.flows = flows
-        pairs = paired("fsp", student_feats, teacher_feats)
+        pairs = paired(student_feats, teacher_feats)
         if len(pairs) < 2:
             raise BadInput(f"`fsp` needs at least two layers of each network, got {len(pairs)}; tap more")
         widths = [(width(s), width(t)) for s, t in pairs]
-        ends = {i for flow in self._flows(student_feats) for i in flow}
+        ends = {i for flow in self._flows(pairs) for i in flow}
         self.maps = nn.ModuleDict(
             {str(i): Pointwise(nn.Linear(s, t, bias=False)) for i, (s, t) in enumerate(widths) if s != t and i in ends}
         )
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example: a sum over pairs of channels."""
-        student = [self._mapped(i, x) for i, x in enumerate(student_feats)]
+        pairs = paired(student_feats, teacher_feats)
+        student, teacher = [self._mapped(i, s) for i, (s, _) in enumerate(pairs)], [t for _, t in pairs]
         losses = []
-        for i, j in self._flows(student_feats):
-            ours, theirs = pair(_flow(student[i], student[j]), _flow(teacher_feats[i], teacher_feats[j]).detach())
+        for i, j in self._flows(pairs):
+            ours, theirs = pair(_flow(student[i], student[j]), _flow(teacher[i], teacher[j]).detach())
             losses.append((ours - theirs).square().sum((1, 2)))
         return torch.stack(losses).sum(0)
 
-    def _flows(self, feats: list[Shape] | list[Tensor]) -> list[tuple[int, int]]:
-        chosen = self.flows or tuple(pairwise(range(len(feats))))
-        return [(pick("flows", feats, i, "student"), pick("flows", feats, j, "student")) for i, j in chosen]
+    def _flows(self, pairs: list[tuple[Shape, Shape]] | list[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
+        chosen = self.flows or tuple(pairwise(range(len(pairs))))
+        return [(pick("flows", pairs, i, "student"), pick("flows", pairs, j, "student")) for i, j in chosen]
 
     def _mapped(self, i: int, feature: Tensor) -> Tensor:
         if str(i) not in self.maps:

@@ -39,7 +39,7 @@ def sp(
         for probabilities, `ickd` for the same among channels.
     *Differs*: see the card.
     """
-    pairs = paired("sp", student_feats, teacher_feats, layers)
+    pairs = paired(student_feats, teacher_feats, layers)
     return torch.stack([_apart(student, teacher.detach(), mask) for student, teacher in pairs]).sum()
 
 

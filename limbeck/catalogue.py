@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -72,13 +72,27 @@ def vector_digest(name: str) -> str:
 
 
 @cache
-def recipes() -> dict[str, Path]:
-    """Row key -> recipe file; a recipe stands for the row it names, else for its own name."""
-    out: dict[str, Path] = {}
+def recipes_by_row() -> dict[str, list[Path]]:
+    """Row key -> its recipe files. A recipe stands for the row it names, else for its own name.
+
+    The one that is named after its row leads, else the first by name.
+    """
+    out: dict[str, list[Path]] = {}
     for path in sorted((home() / "recipes").rglob("*.yaml")):
         tree = yaml.safe_load(path.read_text()) or {}
-        out[tree.get("row") or path.stem] = path
-    return out
+        out.setdefault(str(tree.get("row") or path.stem), []).append(path)
+    return {row: sorted(paths, key=lambda path: path.stem != row) for row, paths in out.items()}
+
+
+def of_row(row: str) -> dict[str, Path]:
+    """Key -> recipe file: the leading recipe and its evidence have the row's key, others their own names."""
+    paths = recipes_by_row().get(row, [])
+    return {row if i == 0 else path.stem: path for i, path in enumerate(paths)}
+
+
+def recipes() -> dict[str, Path]:
+    """Key -> recipe file, of all rows."""
+    return {key: path for row in recipes_by_row() for key, path in of_row(row).items()}
 
 
 @cache
@@ -97,8 +111,13 @@ def evidence(key: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def level(key: str) -> str:
-    """The highest rung that the row's evidence supports; evidence of another recipe than today's counts for nothing."""
+def level(row: str) -> str:
+    """The highest rung that evidence of one of the row's recipes supports."""
+    return max([rung(key) for key in of_row(row)], key=LEVELS.index, default="none")
+
+
+def rung(key: str) -> str:
+    """What the evidence of one recipe supports; evidence of another recipe than today's counts for nothing."""
     found, path = evidence(key), recipes().get(key)
     if found is None or path is None:
         return "none"
@@ -140,26 +159,29 @@ def _by_card(known: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def _link(key: str) -> dict[str, Any]:
-    path = recipes().get(key)
+    path = next(iter(of_row(key).values()), None)
     return {
         "methods": implemented().get(key, ()),
         "recipe": path.relative_to(home() / "recipes").as_posix() if path else "",
     }
 
 
-def gain_text(key: str) -> str:
-    """The gain over the control with its interval, '' without evidence."""
-    found = evidence(key)
-    if found is None:
-        return ""
-    return _gained(found, found["gain"])
+def gain_text(row: str) -> str:
+    """The gain over the control with its interval, of each recipe of the row; '' without evidence."""
+    return _each(row, lambda found: found["gain"])
 
 
-def over_kd(key: str) -> str:
+def over_kd(row: str) -> str:
     """The difference to plain `kd` in the same setting, '' where the evidence holds none."""
-    found = evidence(key)
-    beside = (found or {}).get("beside", {}).get("kd")
-    return _gained(found, beside) if found and beside else ""
+    return _each(row, lambda found: found.get("beside", {}).get("kd"))
+
+
+def _each(row: str, gain: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
+    """One figure a recipe, each after the recipe's name when there are several."""
+    known = {key: found for key in of_row(row) if (found := evidence(key))}
+    said = {key: _gained(found, figures) for key, found in known.items() if (figures := gain(found))}
+    several = len(known) > 1
+    return "; ".join(f"{of_row(row)[key].stem}: {text}" if several else text for key, text in said.items())
 
 
 def _gained(found: dict[str, Any], gain: dict[str, Any]) -> str:
@@ -225,9 +247,8 @@ def unknown_rows() -> list[str]:
     """Methods and recipes that name a row the catalogue does not have."""
     keys = {r["key"] for r in _stored()}
     wrong = [f"{name}: row {key!r}" for name in find.names() for key in find.get(name).card.row if key not in keys]
-    return wrong + [
-        f"{path.name}: row {key!r}" for key, path in recipes().items() if key not in keys | set(find.names())
-    ]
+    other = recipes_by_row().keys() - keys - set(find.names())
+    return wrong + [f"{path.name}: row {row!r}" for row in sorted(other) for path in recipes_by_row()[row]]
 
 
 def as_json(chosen: Iterable[Row]) -> str:

@@ -303,6 +303,7 @@ def tune(
     from dataclasses import asdict
 
     from limbeck.progress import live
+    from limbeck.report.files import plain
     from limbeck.tune import tune as search
 
     try:
@@ -311,7 +312,7 @@ def tune(
     except (Interrupted, KeyboardInterrupt) as stop:
         raise Interrupted("runs/tune; run the same command again to go on") from stop
     if as_json:
-        say(json.dumps({**asdict(found), "best": found.best.overrides}, indent=1))
+        say(json.dumps(plain({**asdict(found), "best": found.best.overrides}), indent=1))
         return
     for line in found.table():
         say(line)

@@ -14,7 +14,7 @@ from typing import Any
 
 from limbeck import catalogue
 from limbeck.core import find
-from limbeck.core.errors import BadInput, nearest
+from limbeck.core.errors import BadInput, Diverged, nearest
 from limbeck.recipe import Recipe, load
 from limbeck.report import numerals, statistics
 from limbeck.report.files import plain
@@ -112,7 +112,7 @@ def compare(
         place = folder / key
         try:
             run(recipe, folder=place, resume=place.exists(), on_event=on_event, shared=folder / ".shared")
-        except BadInput as error:
+        except (BadInput, Diverged) as error:
             rows.append(Compared(key, why=str(error)))
             continue
         body = json.loads((place / "result.json").read_text())

@@ -66,15 +66,13 @@ class Description:
         if vector.exists():
             lines.append(f"numbers  {json.loads(vector.read_text()).get('source', '')}")
         for key in self.rows:
-            recipe = catalogue.recipes().get(key)
             level = catalogue.level(key)
             means = catalogue.MEANING[level].removeprefix("and ") if level != "none" else "no evidence yet"
             lines.append(f"row      {key}: {level}, {means}")
-            if recipe is not None:
-                lines.append(f"recipe   {recipe.relative_to(catalogue.home())}")
-            found = catalogue.evidence(key)
-            if found is not None:
-                lines.append(f"evidence {found['verdict']}")
+            for recipe, path in catalogue.of_row(key).items():
+                lines.append(f"recipe   {path.relative_to(catalogue.home())}")
+                if (found := catalogue.evidence(recipe)) is not None:
+                    lines.append(f"evidence {found['verdict']}")
         return "\n".join(lines)
 
 

@@ -4,12 +4,13 @@ The seeds of a search start at 100, so that the evidence, whose seeds start at 0
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck.core.errors import BadInput
+from limbeck.core.errors import BadInput, Diverged
 from limbeck.recipe import Recipe, load
 from limbeck.report import numerals
 from limbeck.report.statistics import gain as gain_of
@@ -22,11 +23,15 @@ from limbeck.verbs.together import first
 from limbeck.verify import code_digest
 
 FIRST_SEED = 100
+UNKNOWN = (math.nan,)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination, written as on the command line, and the validation metric of student and control by seed."""
+    """One combination, written as on the command line, and the validation metric of student and control by seed.
+
+    One nan each where a run diverged.
+    """
 
     overrides: tuple[str, ...]
     student: tuple[float, ...]
@@ -49,7 +54,7 @@ class Search:
     def best(self) -> Trial:
         """The trial whose students are best on the mean."""
         pick = min if numerals.lower_is_better(self.metric) else max
-        return pick(self.trials, key=lambda trial: trial.mean)
+        return pick([t for t in self.trials if math.isfinite(t.mean)] or self.trials, key=lambda trial: trial.mean)
 
     def table(self) -> list[str]:
         """A line a trial below a head: the settings, the student's mean, and its gain with the 95 % interval."""
@@ -61,7 +66,8 @@ class Search:
             told = numerals.with_interval(self.metric, gain.mean, gain.low, gain.high, higher)
             values = [override.partition("=")[2] for override in trial.overrides]
             mark = "best" if trial is self.best else ""
-            rows.append([*values, numerals.value(self.metric, trial.mean), told, mark])
+            figures = [numerals.value(self.metric, trial.mean), told] if math.isfinite(trial.mean) else ["diverged", ""]
+            rows.append([*values, *figures, mark])
         return aligned(rows)
 
 
@@ -93,7 +99,7 @@ def tune(
     """Try every combination of a grid such as ["match.kd.weight=0.5,0.9", "match.kd.temperature=2,4"].
 
     seeds: how many for each combination and its control. What the same code has done already is not run again.
-    Raises BadInput for any combination that is no recipe, before the first is run.
+    Raises BadInput for any combination that is no recipe, before the first is run, and Diverged when all of them do.
     """
     chosen = [(overrides, _prepared(load(path, overrides), seeds)) for overrides in combinations(grid)]
     for _, recipe in chosen:
@@ -101,12 +107,21 @@ def tune(
     for _, recipe in chosen:
         if not first((place := _place(recipe, root)).exists):
             build.setting(recipe, place, on_event, False)  # rehearses it
-    trials, metric = [], ""
-    for overrides, recipe in chosen:
-        arms = _arms(recipe, root, on_event)
-        metric = deciding(recipe, arms)
+    found: list[dict[str, list[Outcome]]] = []
+    why: Diverged | None = None
+    for _, recipe in chosen:
+        try:
+            found.append(_arms(recipe, root, on_event))
+        except Diverged as error:
+            found.append({})
+            why = error
+    if why is not None and not any(found):
+        raise why
+    metric = next(deciding(recipe, arms) for (_, recipe), arms in zip(chosen, found, strict=True) if arms)
+    trials = []
+    for (overrides, _), arms in zip(chosen, found, strict=True):
         values = {arm: tuple(o.metrics[metric] for o in outcomes) for arm, outcomes in arms.items()}
-        trials.append(Trial(overrides, values["student"], values["control"]))
+        trials.append(Trial(overrides, values.get("student", UNKNOWN), values.get("control", UNKNOWN)))
     return Search(metric, tuple(trials))
 
 

@@ -40,9 +40,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tiny.recipe(tmp_path)
     write(place, expect={"metric": "accuracy", "seeds": 2})
     monkeypatch.setattr(catalogue, "home", lambda: place)
-    catalogue.recipes.cache_clear()
+    catalogue.recipes_by_row.cache_clear()
     yield place
-    catalogue.recipes.cache_clear()
+    catalogue.recipes_by_row.cache_clear()
 
 
 def write(home: Path, **changes: Any) -> None:
@@ -289,8 +289,21 @@ def test_rows_that_methods_and_recipes_name_exist() -> None:
 
 def test_rows_that_do_not_exist_are_found(home: Path) -> None:
     (home / "recipes" / "odd.yaml").write_text("name: odd\nrow: nowhere\n")
-    catalogue.recipes.cache_clear()
+    catalogue.recipes_by_row.cache_clear()
     assert "odd.yaml: row 'nowhere'" in catalogue.unknown_rows()
+
+
+def test_a_row_may_have_several_recipes_and_each_has_its_own_evidence(home: Path) -> None:
+    body = {"metric": "accuracy", "higher_is_better": True, "beside": {}}
+    (home / "evidence").mkdir(exist_ok=True)
+    for stem, mean in (("a_variant", 0.01), ("kd", 0.02), ("z_variant", 0.03)):
+        (home / "recipes" / f"{stem}.yaml").write_text(f"name: {stem}\nrow: kd\n")
+        gain = {"mean": mean, "low": 0.0, "high": 0.1, "n": 5}
+        (home / "evidence" / f"{stem}.json").write_text(json.dumps({**body, "gain": gain}))
+    catalogue.recipes_by_row.cache_clear()
+    assert list(catalogue.of_row("kd")) == ["kd", "a_variant", "z_variant"], "the one named after the row leads"
+    said = catalogue.gain_text("kd").split("; ")
+    assert [part.split("\xa0points")[0] for part in said] == ["kd: +2.0", "a_variant: +1.0", "z_variant: +3.0"]
 
 
 def test_generated_files_are_written_and_checked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

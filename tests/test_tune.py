@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limbeck.core.errors import BadInput
+from limbeck.core.errors import BadInput, Diverged
 from limbeck.recipe import load
 from limbeck.run import run
 from limbeck.tune import FIRST_SEED, combinations, tune
@@ -112,6 +112,18 @@ def test_nothing_is_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert started == [] and len(found.trials) == 2
     tune(path, GRID[:1], seeds=3, on_event=started.append)  # more seeds go on in the same folders
     assert {e["seed"] for e in started if "arm" in e} == {FIRST_SEED + 2}
+
+
+def test_a_combination_that_diverges_does_not_stop_the_others(tmp_path: Path) -> None:
+    path = recipe(tmp_path, train={"steps": 6, "batch_size": 16, "log_every": 1})
+    called = limbeck("tune", path, "train.optimizer={sgd: {lr: 0.1}},{sgd: {lr: 1e30}}", "--seeds", 1)
+    assert called.code == 0, called.err
+    first, second = called.out.splitlines()[1:3]
+    assert first.endswith("best") and second.endswith("diverged")
+    body = json.loads(limbeck("tune", path, "train.optimizer.sgd.lr=0.1,1e30", "--seeds", 1, "--json").out)
+    assert body["trials"][1]["student"] == [None]
+    with pytest.raises(Diverged, match="became"):
+        tune(path, ["train.optimizer={sgd: {lr: 1e30}}"], seeds=1)
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------

@@ -290,7 +290,8 @@ def test_hf_from_a_local_folder(tmp_path: Path) -> None:
     net = build(f"hf:{tmp_path}/model", vocab=20)
     out = outputs(net, {"inputs": torch.randint(20, (2, 5))})
     assert out["logits"].shape == (2, 5, 20) and "attn" not in out
-    looking = build({"net": f"hf:{tmp_path}/model", "output_attentions": True, "attn_implementation": "eager"}, vocab=20)
+    spec = {"net": f"hf:{tmp_path}/model", "output_attentions": True, "attn_implementation": "eager"}
+    looking = build(spec, vocab=20)
     assert [a.shape for a in outputs(looking, {"inputs": torch.randint(20, (2, 5))})["attn"]] == [(2, 2, 5, 5)]
     with pytest.raises(BadInput, match="cannot be loaded"):
         build(f"hf:{tmp_path}/nothing", vocab=20)

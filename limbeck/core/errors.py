@@ -27,6 +27,10 @@ class BadCheckpoint(LimbeckError):
     """A checkpoint is torn, corrupt or of another run."""
 
 
+class Diverged(LimbeckError):
+    """A loss became infinite or nan."""
+
+
 class Interrupted(LimbeckError):
     """The run was stopped by a signal after its state was saved in `folder`."""
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from limbeck.core import checkpoint, optim, schedule, shard
 from limbeck.core.batches import generator
-from limbeck.core.errors import BadCheckpoint, BadInput, Interrupted, LimbeckError, nearest
+from limbeck.core.errors import BadCheckpoint, BadInput, Diverged, Interrupted, LimbeckError, nearest
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, mean
 from limbeck.core.state import Ema
@@ -397,13 +397,13 @@ class _Run:
         )
 
     def _values(self, player: str, parts: dict[str, Tensor], t: int) -> dict[str, float]:
-        """The parts as numbers, summed over processes. Raises LimbeckError when one is not finite."""
+        """The parts as numbers, summed over processes. Raises Diverged when one is not finite."""
         values = [float(part) for part in parts.values()]
         if self.world > 1:  # each process has its own elements, divided by the count of all
             values = self._over_processes(values).tolist()
         for name, value in zip(parts, values, strict=True):
             if not math.isfinite(value):
-                raise LimbeckError(
+                raise Diverged(
                     f"part {name!r} of {player!r} became {value} at step {t}; "
                     "lower its learning rate or weight, clip gradients, or train in fp32"
                 )

@@ -72,7 +72,7 @@ def _faults() -> Iterator[Fault]:
     yield _fault("label smoothing ignored", ce, ", label_smoothing=label_smoothing)", ")")
     fitnets, at = "losses/features/fitnets.py", "losses/attention/at.py"
     yield _fault("the hint not detached", fitnets, "teacher_feats[self.layer].detach()", "teacher_feats[self.layer]")
-    yield _fault("another layer than asked for", fitnets, "student_feats[self.layer].to", "student_feats[0].to")
+    yield _fault("another layer than asked for", fitnets, "student, hint = student_feats[self.layer]", "student, hint = student_feats[0]")
     yield _fault(
         "projector never trained",
         "train/plain/distill.py",

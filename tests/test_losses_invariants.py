@@ -106,18 +106,20 @@ def test_fitnets_is_zero_where_the_regressor_hits_the_hint():
         ((4, 2, 3, 3), (4, 3, 8, 8)),
         ((4, 5), (4, 7)),
         ((4, 6, 5), (4, 6, 7)),
+        ((4, 5), (4, 3, 8, 8)),
+        ((4, 9, 5), (4, 3, 4, 4)),
     ],
 )
 def test_fitnets_sizes_its_regressor(student, teacher):
     torch.manual_seed(0)
     hint = get("fitnets")([(4, 1), student], [(4, 1), teacher], layer=1)
     out = hint([torch.randn(4, 1), torch.randn(student)], [torch.randn(4, 1), torch.randn(teacher)])
-    assert out.shape == ((4, 6) if len(student) == 3 else (4,)) and out.isfinite().all()
+    assert out.shape == ((4, 6) if len(student) == len(teacher) == 3 else (4,)) and out.isfinite().all()
 
 
 def test_fitnets_refuses_what_it_cannot_compare():
-    for student, teacher, layer in [((4, 2, 3, 3), (4, 5), 0), ((4, 6, 5), (4, 7, 5), 0), ((4, 5), (4, 5), 2)]:
-        with pytest.raises(BadInput, match="layer"):
+    for student, teacher, layer, why in [((4, 6, 5), (4, 7, 5), 0, "square"), ((4, 5), (4, 5), 2, "layer")]:
+        with pytest.raises(BadInput, match=why):
             get("fitnets")([student], [teacher], layer=layer)
 
 

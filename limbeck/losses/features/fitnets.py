@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from limbeck.core.card import method
-from limbeck.core.errors import BadInput
+from limbeck.core.features import Shape, common, pick, same_places, width
+from limbeck.core.layerwise import each
 from limbeck.core.maths import pair
-
-Shape = tuple[int, ...]
+from limbeck.core.project import Pointwise
 
 
 @method(
@@ -24,12 +24,12 @@ class FitNets(nn.Module):
 
     The regressor is sized from the shapes. Maps [B, C, H, W]: a convolution of stride 2 when the student's map is twice
     as large, a transposed one when half as large, else a kernel that takes off the difference, then batch norm and
-    ReLU. Vectors [B, D] and tokens [B, T, D]: linear.
+    ReLU. All else: linear, at places that both have (a vector has one, the mean over the other's places).
 
     layer: which of the paired features, counted from shallow (0) or from deep (-1).
 
-    *Needs*: one feature of each, the same number of tapped layers a side; maps of any size, tokens of equal number. Tap
-        the teacher before its ReLU only for linear regressors: those for maps end in one.
+    *Needs*: one feature of each, of any kind. Tap the teacher before its ReLU only for linear regressors: those for
+        maps end in one.
     *Relates to*: add `ce` and `kd`; use weight 100 for maps after ReLU. Helps when the networks are of one family;
         otherwise use `rkd` or `crd`, which do not force the teacher's coordinates on the student.
     *Differs*: see the card.
@@ -38,25 +38,22 @@ class FitNets(nn.Module):
     def __init__(self, student_feats: list[Shape], teacher_feats: list[Shape], *, layer: int = -1) -> None:
         super().__init__()
         self.layer = layer
-        for side, feats in (("student", student_feats), ("teacher", teacher_feats)):
-            if not -len(feats) <= layer < len(feats):
-                raise BadInput(f"`layer` {layer} is none of the {len(feats)} features of the {side}")
-        student, teacher = student_feats[layer], teacher_feats[layer]
-        same_kind = len(student) == len(teacher) in (2, 3, 4)
-        if not same_kind or (len(student) == 3 and student[1] != teacher[1]):
-            raise BadInput(
-                "fitnets compares maps with maps, vectors with vectors, or tokens with as many tokens, but layer "
-                f"{layer} of the student gives {student} and of the teacher {teacher}"
-            )
-        self.projector = _for_maps(student, teacher) if len(student) == 4 else nn.Linear(student[-1], teacher[-1])
+        student = student_feats[pick("layer", student_feats, layer, "student")]
+        teacher = teacher_feats[pick("layer", teacher_feats, layer, "teacher")]
+        self.maps = len(student) == len(teacher) == 4
+        self.projector = _for_maps(student, teacher) if self.maps else _linear(*common(student, teacher))
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example, or per token for tokens."""
-        weight = next(self.projector.parameters())
-        predicted = self.projector(student_feats[self.layer].to(weight.dtype))
-        predicted, hint = pair(predicted, teacher_feats[self.layer].detach())
-        error = (predicted - hint).square()
-        return error.flatten(1).mean(1) if error.ndim == 4 else error.mean(-1)
+        student, hint = student_feats[self.layer], teacher_feats[self.layer].detach()
+        if not self.maps:
+            student, hint = same_places(student, hint)
+        predicted, hint = pair(self.projector(student.to(next(self.parameters()).dtype)), hint)
+        return each((predicted - hint).square())
+
+
+def _linear(student: Shape, teacher: Shape) -> Pointwise:
+    return Pointwise(nn.Linear(width(student), width(teacher)))
 
 
 def _for_maps(student: Shape, teacher: Shape) -> nn.Sequential:

@@ -21,7 +21,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import kernel_logits
 from limbeck.core.loop import Plan
 from limbeck.core.maths import frechet_gaussians, kl
-from limbeck.core.nets import Nets, outputs
+from limbeck.core.nets import Nets, evaluating, outputs
 from limbeck.core.sampler import EDM, Denoiser, GaussianDenoiser, generate
 from limbeck.core.synset import SynSet
 
@@ -133,9 +133,9 @@ def pictures(
 
 
 @cache
-def _teacher_state(norm: bool) -> dict[str, Tensor]:
+def _teacher_state(kind: Callable[..., nn.Module], width: int, norm: bool) -> dict[str, Tensor]:
     with torch.random.fork_rng():
-        teacher = Eye(8, norm, seed=7).float()
+        teacher = kind(width, norm, seed=7).float()
         table = pictures(5)
         optimizer = torch.optim.Adam(teacher.parameters(), 1e-2)
         for _ in range(40):
@@ -146,10 +146,10 @@ def _teacher_state(norm: bool) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in teacher.state_dict().items()}
 
 
-def seeing_teacher(norm: bool) -> Eye:
+def seeing_teacher(norm: bool, kind: Callable[..., nn.Module] = Eye, width: int = 8) -> nn.Module:
     """A network that knows the pictures."""
-    teacher = Eye(8, norm)
-    teacher.load_state_dict(_teacher_state(norm))
+    teacher = kind(width, norm)
+    teacher.load_state_dict(_teacher_state(kind, width, norm))
     return teacher
 
 
@@ -223,6 +223,78 @@ def datafree(w: World) -> Scene:
     made = _seeing(w, teacher=seeing_teacher(w.norm), student=Eye(4, w.norm, seed=1), generator=_generator(latent))
     made.plan = replace(made.plan, steps=80)
     return made
+
+
+class Mosaic(nn.Module):
+    """A transformer of 4 x 4 patches: {"logits", "feats", "emb"} of pictures [B, 1, 8, 8]."""
+
+    def __init__(self, width: int, norm: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.patches = nn.Conv2d(1, width, 2, 2)
+            self.places = nn.Parameter(0.1 * torch.randn(16, width))
+            blocks = (nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True) for _ in range(2))
+            self.blocks = nn.ModuleList(blocks)
+            self.norm = Witness() if norm else nn.Identity()
+            self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        x, feats = self.patches(inputs).flatten(2).mT + self.places, []
+        for block in self.blocks:
+            x = block(x)
+            feats.append(x)
+        emb = self.norm(x.mean(1))
+        return {"logits": self.head(emb), "feats": feats, "emb": emb}
+
+
+def masked(w: World) -> Scene:
+    """A teacher and a student that see patches, of which a method may hide some."""
+    made = _seeing(w, teacher=seeing_teacher(w.norm, Mosaic, 16), student=Mosaic(8, w.norm, seed=1))
+    made.plan = replace(made.plan, steps=40)
+    return made
+
+
+class Painter(nn.Module):
+    """A convolutional network that makes `channels` of pictures [B, takes, 8, 8]: {"logits", "feats"}."""
+
+    def __init__(self, takes: int, channels: int, width: int, stride: int, norm: bool, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.blocks = nn.ModuleList([_block(takes, width, stride, norm), _block(width, width, 1, norm)])
+            self.head = nn.Conv2d(width, channels, 1)
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        x, feats = inputs, []
+        for block in self.blocks:
+            x = block(x)
+            feats.append(x)
+        return {"logits": self.head(x), "feats": feats}
+
+
+def gans(w: World) -> Scene:
+    """Pictures from their negatives; a wide generator, a small one, and who judges them."""
+    made = _seeing(
+        w,
+        student=Painter(1, 1, 6, 1, w.norm, seed=1),
+        generator=Painter(1, 1, 12, 1, w.norm, seed=2),
+        discriminator=Painter(2, 1, 8, 2, w.norm, seed=3),
+        features=seeing_teacher(w.norm),
+    )
+    table: Table = made.data.table
+    columns = {**table.columns, "inputs": -table["inputs"], "labels": table["inputs"]}
+    made.data = Batches(replace(table, columns=columns), w.batch, seed=3)
+    made.plan = replace(made.plan, steps=60, optimizers=dict.fromkeys(("student", "generator"), made.plan.optimizer))
+    made.score, made.goal = _likeness_of_pictures, 0.0
+    return made
+
+
+def _likeness_of_pictures(nets: Nets) -> float:
+    """Minus the mean absolute error of what the student makes of new pictures in negative."""
+    wanted = pictures(99).to(nets.device)["inputs"]
+    with torch.no_grad(), evaluating(nets.student):
+        return -float((nets.run("student", {"inputs": -wanted})["logits"] - wanted).abs().mean())
 
 
 def continual(w: World) -> Scene:
@@ -419,6 +491,8 @@ WORLDS: dict[str, Callable[[World], Scene]] = {
     "many": many,
     "online": online,
     "datafree": datafree,
+    "masked": masked,
+    "gans": gans,
     "continual": continual,
     "datasets": datasets,
     "federated": federated,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from limbeck.core.errors import BadInput
 from limbeck.core.features import picture, pooled, shrunk
 from limbeck.core.nets import Batch, Nets, evaluating, outputs
+from limbeck.core.prototypes import Guide
 from limbeck.core.taps import Taps, find_layer, unwrap
 
 
@@ -58,11 +60,11 @@ class Grafted(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """How to build this around a body again, in numbers and words; see `from_spec`."""
-        if not isinstance(self.neck, Bottleneck):
+        if not isinstance(self.neck, (Bottleneck, Guide)):
             raise BadInput(
                 f"a network with a {type(self.neck).__name__} cannot be described, so it cannot be built again"
             )
-        neck = {"width": self.neck.width, "out": self.neck.out, "factor": self.neck.factor}
+        neck = self.neck.spec()
         head = {"classes": self.head.out_features, "bias": self.head.bias is not None}
         return {**neck, **head, "cut": self.cut, "reads": self.source, "size": list(self.size) if self.size else None}
 
@@ -70,8 +72,9 @@ class Grafted(nn.Module):
     def from_spec(body: nn.Module, spec: Mapping[str, Any]) -> Grafted:
         """What `spec` describes, around a freshly built body, with weights still to be loaded."""
         size = (spec["size"][0], spec["size"][1]) if spec["size"] else None
-        neck = Bottleneck(spec["width"], spec["out"], spec["factor"])
-        head = nn.Linear(spec["out"], spec["classes"], bias=spec["bias"])
+        kind = Guide if "temperature" in spec else Bottleneck
+        neck = kind(**{key: spec[key] for key in signature(kind).parameters})
+        head = nn.Linear(neck.out, spec["classes"], bias=spec["bias"])
         return Grafted(body, neck, head, cut=spec["cut"], reads=spec["reads"], size=size)
 
 
@@ -92,6 +95,10 @@ class Bottleneck(nn.Module):
         """[B, width, H, W] -> [B, out, H, W], twice"""
         out: Tensor = self.layers(maps)
         return out, out
+
+    def spec(self) -> dict[str, Any]:
+        """The arguments that build this again."""
+        return {"width": self.width, "out": self.out, "factor": self.factor}
 
 
 class Cut(nn.Module):

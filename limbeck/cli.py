@@ -285,9 +285,9 @@ def verify(
                 raise Interrupted(f"runs/verify; go on with: {again}") from stop
         gathered.append(found)
         if not as_json:
-            from limbeck.catalogue import level
+            from limbeck.catalogue import rung
 
-            say(f"{found['key']}: {level(found['key'])}. {found['verdict']}")
+            say(f"{found['key']}: {rung(found['key'])}. {found['verdict']}")
     if as_json:
         say(json.dumps(gathered, indent=1))
 

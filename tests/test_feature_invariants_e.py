@@ -45,6 +45,17 @@ def test_minilm_looks_at_the_last_layers_alone_and_has_no_weights():
     assert not isinstance(get("minilm"), type)
 
 
+def test_minilm_may_copy_an_earlier_layer_of_the_teacher():
+    mine, early, late = attention(), attention(2), attention(3)
+    values, told = rand(2, 3, 4), [rand(2, 3, 4, seed=1), rand(2, 3, 4, seed=2)]
+    close(
+        get("minilm")([mine], [early, late], [values], told, layer=0),
+        get("minilm")([mine], [early], [values], told[:1]),
+    )
+    with pytest.raises(BadInput, match="2 is none of the 2 features of the teacher"):
+        get("minilm")([mine], [early, late], [values], told, layer=2)
+
+
 def test_minilm_does_not_see_padding():
     real = torch.tensor([[True, True, False], [True, True, True]])
     attn, values, aims = rand(2, 2, 3, 3).softmax(-1), rand(2, 3, 4, seed=1), rand(2, 3, 4, seed=2)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from limbeck.adapters import embedded, words
+from limbeck.adapters import embedded, tasks, words
 from limbeck.adapters.readers import SPLITS, Raw, from_rows, join, read, rows_of, stream_files
 from limbeck.core.batches import Splits, Stream, Table, Tokenizer, generator, split
 from limbeck.core.errors import BadInput, MissingExtra, nearest
@@ -43,6 +43,9 @@ class Source:
     gives validation from its training set; one with train and validation only gives that validation as test.
     seed: of splits and subsets. limit, test_limit: at most so many training, validation and test examples.
     per_class: so many training examples of each class instead.
+    known: classes of the task by name or number; training examples of others stay, unlabelled (label -100).
+    labelled: so many training examples of each class keep their label, the others are unlabelled.
+    mosaic: so many pictures a side are put together in one, whose labels are 0 or 1 for every class.
     size: side of pictures in pixels (cropped to a square, resized). channels: 1 or 3; as the files have it if left out.
     normalise: bring every channel or feature to mean 0 and deviation 1 over the training set. mean, std: instead of
     the training set's, in the scale where white is 1; one number a channel.
@@ -62,6 +65,9 @@ class Source:
     limit: Count | None = None
     test_limit: Count | None = None
     per_class: Count | None = None
+    known: tuple[int | str, ...] = ()
+    labelled: Count | None = None
+    mosaic: Count = 1
     size: Count | None = None
     channels: Literal[1, 3] | None = None
     normalise: bool = True
@@ -106,11 +112,17 @@ def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
     kind = next(iter(raws.values())).kind
     splits = _language(raws, source) if kind == "language" else _examples(raws, source, kind)
     mean, std = _scale(splits.train["inputs"], source) if kind in ("images", "vectors") else ((), ())
+    if source.known:
+        splits = tasks.of_classes(splits, source.known)
+    if source.mosaic > 1:
+        splits = Splits(*(tasks.mosaics(table, source.mosaic, source.seed) for table in splits))
     splits = Splits(
         _subset(splits.train, source.limit, source.per_class, source.seed),
         _subset(splits.validation, source.test_limit, None, source.seed),
         _subset(splits.test, source.test_limit, None, source.seed),
     )
+    if source.labelled is not None:
+        splits = splits._replace(train=tasks.labelled(splits.train, source.labelled, source.seed))
     if kind in ("images", "vectors"):
         splits = Splits(*(_scaled(table, mean, std) for table in splits))
     splits.train.check()
@@ -264,8 +276,13 @@ def _number_labels(raws: dict[str, Raw], source: Source) -> tuple[dict[str, Tens
             given = {part: labels.astype(np.float64) for part, labels in given.items()}
         except ValueError:
             pass
-    if any(labels.ndim > 1 for labels in given.values()):  # soft labels, or one for each token
-        return {part: torch.as_tensor(labels) for part, labels in given.items()}, None
+    if any(labels.ndim > 1 for labels in given.values()):  # any number of classes, soft labels, or one for each token
+        tokens = any(raw.kind == "tokens" for raw in raws.values())
+        if tokens or flat.dtype.kind not in "iubf" or not np.isin(flat, (0, 1)).all():
+            return {part: torch.as_tensor(labels) for part, labels in given.items()}, None
+        hot = {part: torch.as_tensor(labels).float() for part, labels in given.items()}
+        known = source.classes if isinstance(source.classes, list) else None
+        return hot, known or [str(c) for c in range(next(iter(hot.values())).shape[-1])]
     if flat.dtype.kind == "f":
         if not np.isfinite(flat).all() or (flat % 1).any():
             return {part: torch.as_tensor(labels).float() for part, labels in given.items()}, None
@@ -294,6 +311,8 @@ def _number_labels(raws: dict[str, Raw], source: Source) -> tuple[dict[str, Tens
 def _subset(table: Table, limit: int | None, per_class: int | None, seed: int) -> Table:
     if per_class is not None:
         labels, count = table["labels"], table.num_classes
+        if labels.ndim > 1:
+            raise BadInput(f"per_class needs one class label an example, and those of {table.name} have several")
         order = torch.randperm(len(table), generator=generator(seed, "per_class"))
         chosen = []
         for c in range(count):

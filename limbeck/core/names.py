@@ -22,6 +22,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "teachers_logits": ("M ... C", "logits of several teachers"),
     "teacher_ids": ("... K", "class or token ids of the stored teacher entries"),
     "teacher_logprobs": ("... K", "their log-probabilities"),
+    "teacher_tail": ("...", "teacher probability outside the stored entries"),
+    "teacher_weights": ("... K", "weights of the stored draws, of expectation teacher probability; 0 pads"),
     # inside
     "student_feats": ("[B D H W]", "student feature maps or token features, shallow to deep"),
     "teacher_feats": ("[B D H W]", "teacher feature maps or token features, shallow to deep"),

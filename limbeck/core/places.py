@@ -30,6 +30,20 @@ def class_maps(feature: Tensor, head: Tensor, bias: Tensor | None = None) -> Ten
     return _asked(as_map(feature).movedim(1, -1), head, bias).movedim(-1, 1)
 
 
+def grad_cam(logits: Tensor, feature: Tensor) -> Tensor:
+    """sum_d (mean over places of d logit_c / d feature_d) feature_d: a map a class [B, C, H, W], before `activation`.
+
+    logits [B, C] were made of the feature, maps or square pictures of tokens. For a head on the mean over places it is
+    `class_maps` without the bias, over the number of places (Selvaraju et al. 2017, eq. 1).
+    """
+    picture = as_map(feature.detach())
+    maps = []
+    for c in range(logits.shape[-1]):
+        (slope,) = torch.autograd.grad(logits[:, c].sum(), feature, retain_graph=True)
+        maps.append(torch.einsum("bd,bdhw->bhw", as_map(slope).mean((2, 3)), picture))
+    return torch.stack(maps, 1)
+
+
 def local_logits(feature: Tensor, head: Tensor, bias: Tensor | None, scales: Sequence[int]) -> Tensor:
     """What the head says of every region: [B, R, C]; scale s cuts the picture into s x s, row by row, R = sum s^2."""
     picture = as_map(feature)

@@ -18,7 +18,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs.check import check_names, rehearse
-from limbeck.verbs.setting import KERNEL, Event, Setting, batches_of, load_weights, make_plan, save_network
+from limbeck.verbs.setting import KERNEL, Event, Setting, any_number, batches_of, load_weights, make_plan, save_network
 from limbeck.verbs.together import first, leads
 from limbeck.zoo import nets as zoo
 
@@ -239,7 +239,7 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     with recipe.blamed("teacher", "train"):
         batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"
-    method = knobs.make(name, {"match": ("ce",)} if name == "distill" else {})
+    method = knobs.make(name, {"match": ("bce" if any_number(splits.train) else "ce",)} if name == "distill" else {})
     from limbeck.core.loop import fit
 
     nets, plan = Nets(student=module), make_plan(spec.train, batches.steps_per_epoch, 0)

@@ -26,9 +26,11 @@ from limbeck.core.synset import SynSet
 from limbeck.recipe import Net, Recipe, Spec, Train
 from limbeck.verbs import condense, label, rows, shape, shorten, teach
 from limbeck.verbs.figures import figures, measure_of
+from limbeck.verbs.saliency import maps
 from limbeck.verbs.setting import (
     KERNEL,
     Setting,
+    any_number,
     batches_of,
     captured,
     default_measures,
@@ -276,6 +278,7 @@ def _rehearse_training(made: Setting) -> None:
             if role in nets:
                 with recipe.blamed(role):
                     reads(nets.find(role), probe, table, role, judged=role == learner_of(method))
+                _saliency(recipe, nets.find(role), table)
         if recipe.store is None:
             _meet(recipe, nets, probe, method)
         else:
@@ -283,6 +286,15 @@ def _rehearse_training(made: Setting) -> None:
     finally:
         for taps in nets.taps.values():
             taps.remove()
+
+
+def _saliency(recipe: Recipe, module: nn.Module, table: Table) -> None:
+    """Where a measure asks for saliency maps, the network must have some."""
+    for i, spec in enumerate(recipe.measure):
+        name = knobs.split(spec, "measure")[0]
+        if name in find.names() and "student_map" in find.needs(find.get(name)):
+            with recipe.blamed("measure", i):
+                maps(module, table.select(range(2)))
 
 
 def _stored(made: Setting) -> None:
@@ -348,7 +360,7 @@ def _rehearse_condensing(made: Setting) -> None:
     recipe, train = made.recipe, made.splits.train
     if rows.asked(recipe):
         return rows.rehearse(made)
-    if not train.num_classes:
+    if not train.num_classes or any_number(train):
         raise BadInput(f"{recipe.at('data')}condensing needs class labels, and {train.name} has none")
     with recipe.blamed("ipc"):
         SynSet.real(train["inputs"], train["labels"], recipe.ipc)

@@ -10,6 +10,7 @@ from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Spec
 from limbeck.verbs.robust import SEVERITIES
 
+TOLD = {"student_logits", "teacher_logits", "student_map", "teacher_map", "labels"}  # what measures may ask for
 COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
 
 
@@ -26,11 +27,12 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True) -> list[str]:
     if find.family(name) != "measure":
         raise BadInput(f"{name!r} is a method of {find.folder(name)}, not a measure")
     given, asks = knobs.check(name, measure, given), find.needs(measure)
-    if "teacher_logits" in asks and not teacher:
+    if any(n.startswith("teacher_") for n in asks) and not teacher:
         return []
     labels = torch.arange(8) % classes
     rows = F.one_hot(labels, classes).float()
     have = {"student_logits": rows, "teacher_logits": rows, "labels": labels}
+    have |= dict.fromkeys(("student_map", "teacher_map"), rows[:, :, None, None])
     if find.folder(name) == "measure/robust":
         have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)
     lacking = [n for n in asks if n not in have]
@@ -44,11 +46,7 @@ def measure_of(figure: str) -> str:
     """The measure that gives a number: calibration for "ece". Raises BadInput with the nearest numbers."""
     known: dict[str, str] = {}
     for name in find.names():
-        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= {
-            "student_logits",
-            "teacher_logits",
-            "labels",
-        }:
+        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD:
             known |= dict.fromkeys(figures(name), name)
     if figure not in known:
         raise BadInput(f"no measure gives {figure!r}{nearest(figure, known)}")

@@ -30,6 +30,7 @@ from limbeck.recipe import Net, Recipe, Spec, Train, dump
 from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
 from limbeck.verbs.figures import COSTS, measure_of
+from limbeck.verbs.saliency import maps
 from limbeck.verbs.together import first, leads, processes
 
 TRACKERS = ("tensorboard",)
@@ -292,9 +293,22 @@ def captured(setting: Setting) -> StoreInfo:
 # ---- judging ---------------------------------------------------------------------------------------------------------
 def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
     """What to measure when the recipe does not say."""
-    if recipe.measure:
-        return list(recipe.measure)
-    return ["accuracy"] if table.num_classes else ["calibration"]
+    return list(recipe.measure) or [usual(table)]
+
+
+def any_number(table: Table) -> bool:
+    """Whether any number of classes may be present in an example: labels are floats of 0 and 1 for each, [N, C]."""
+    labels = table.columns.get("labels")
+    if labels is None or labels.ndim != 2 or not labels.is_floating_point() or not table.num_classes:
+        return False
+    return bool(((labels == 0) | (labels == 1)).all())
+
+
+def usual(table: Table) -> str:
+    """The measure of what a network says of such labels."""
+    if any_number(table):
+        return "multilabel"
+    return "accuracy" if table.num_classes else "calibration"
 
 
 def judge(
@@ -350,10 +364,13 @@ def _measured(
         if find.family(name) != "measure":
             raise BadInput(f"{name!r} is a method of {find.folder(name)}, not a measure")
         asks = find.needs(measure)
-        if "teacher_logits" in asks and "teacher_logits" not in have:
+        if any(n.startswith("teacher_") for n in asks):
             if teacher is None:
                 continue
-            have["teacher_logits"] = flat(predict(teacher, table))
+            if "teacher_logits" in asks and "teacher_logits" not in have:
+                have["teacher_logits"] = flat(predict(teacher, table))
+            if "teacher_map" in asks and "teacher_map" not in have:
+                have |= {"student_map": maps(module, table), "teacher_map": maps(teacher, table)}
         seen = have
         if find.folder(name) == "measure/robust":
             from limbeck.verbs.robust import stacked
@@ -369,7 +386,8 @@ def validator(table: Table, train: Train, learner: str, metric: str) -> Callable
     if not len(table):
         return None
     part = table if train.select else table.select(torch.arange(min(CURVE, len(table))))
-    measure = measure_of(train.select or metric or ("accuracy" if table.num_classes else "nll"))
+    figure = train.select or metric
+    measure = measure_of(figure) if figure else usual(table)
     return lambda nets: judge(nets.find(learner), part, [measure], nets.modules.get("teacher"))
 
 

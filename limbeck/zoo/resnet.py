@@ -3,6 +3,7 @@ of Zagoruyko and Komodakis 2016 (1605.07146)."""
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,11 +57,32 @@ class WideBlock(nn.Module):
         return out
 
 
+class Queries(nn.Module):
+    """Every class looks for itself: its query attends to the places of a map, what it finds is its embedding.
+
+    One layer of the decoder of Liu et al. 2021 (2107.10834) with one head. [B, D, H, W] -> [B, classes, D]
+    """
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(classes, width) * width**-0.5)
+        self.keys, self.values = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.flatten(2).mT
+        queries = self.queries.expand(len(x), -1, -1)
+        found = F.scaled_dot_product_attention(queries, self.keys(places), self.values(places))
+        out: Tensor = self.norm(queries + found)
+        return out
+
+
 class ResNet(nn.Module):
     """A stem, three stages of blocks at full, half and quarter resolution, global mean, one linear layer.
 
     Returns logits [B, classes], feats (the map after each stage), emb [B, widest], head [classes, widest] and
-    head_bias. `blocks` holds every block.
+    head_bias. `blocks` holds every block. With `queries`, a class reads its own embedding: they come last in feats, as
+    [B, classes, widest], and there is no emb and no head.
     """
 
     def __init__(
@@ -71,6 +93,7 @@ class ResNet(nn.Module):
         widths: list[int],
         classes: int,
         channels: int,
+        queries: bool = False,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, stem, 3, 1, 1, bias=False)
@@ -85,6 +108,7 @@ class ResNet(nn.Module):
                 self.blocks.append(block(last, width, 2 if stage and not i else 1, stage))
                 last = width
         self.head = nn.Linear(last, classes)
+        self.queries = Queries(classes, last) if queries else None
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -98,15 +122,20 @@ class ResNet(nn.Module):
                 feats.append(x)  # a stage ends where the next begins, even if all its blocks are gone
             x = block(x)
         x = self.relu(self.norm(x)) if self.wide else x
+        if self.queries is not None:
+            found = self.queries(x)
+            logits = (found * self.head.weight).sum(-1) + self.head.bias
+            return {"logits": logits, "feats": [*feats, x, found]}
         emb = x.mean((2, 3))
         head = {"head": self.head.weight, "head_bias": self.head.bias}
         return {"logits": self.head(emb), "feats": [*feats, x], "emb": emb, **head}
 
 
-def resnet(*, classes: int, channels: int, depth: int = 20, width: int = 16) -> ResNet:
-    """depth: 6 n + 2 layers. width: channels of the first stage, doubled in each of the two others."""
+def resnet(*, classes: int, channels: int, depth: int = 20, width: int = 16, queries: bool = False) -> ResNet:
+    """depth: 6 n + 2 layers. width: channels of the first stage, doubled in each of the two others. queries: an
+    embedding a class, last of the feats, in place of the mean over places, as for pictures with several labels."""
     require(depth >= 8 and (depth - 2) % 6 == 0, "depth", depth, "8, 14, 20, 26, ... (6 n + 2)")
-    return ResNet(BasicBlock, (depth - 2) // 6, width, [width, 2 * width, 4 * width], classes, channels)
+    return ResNet(BasicBlock, (depth - 2) // 6, width, [width, 2 * width, 4 * width], classes, channels, queries)
 
 
 def wrn(*, classes: int, channels: int, depth: int = 16, widen: int = 2, width: int = 16) -> ResNet:

@@ -44,9 +44,10 @@ def led(
     class_weight: of the same class in different images, >= 0.
     instance_weight: of different classes in the same image, >= 0.
 
-    *Needs*: embeddings a label of both, as a decoder with a query a label gives (tap it as feats); labels as 0 and 1,
-        or class indices, which leave only the first term.
-    *Relates to*: bce + 10 / 64 to 10 `mld` + 1 / 64 to 1 of this. `rkd` compares one embedding an image.
+    *Needs*: embeddings a label of both, as a decoder with a query a label gives (the last feats of a resnet with
+        `queries: true`); labels as 0 and 1, or class indices, which leave only the first term.
+    *Relates to*: bce + 10 / 64 to 10 `mld` + 1 / 64 to 1 of this, far less where training is short: it starts above
+        a thousand. `rkd` compares one embedding an image.
     *Differs*: see the card.
     """
     require(class_weight >= 0, "class_weight", class_weight, ">= 0")

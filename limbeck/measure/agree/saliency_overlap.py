@@ -27,8 +27,9 @@ def saliency_overlap(
 
     threshold: in (0, 1), of the largest value.
 
-    *Needs*: class maps of both (`class_maps` in core/places makes them of features and head; that is Grad-CAM for such
-        networks); labels as 0 and 1, or class indices. *Relates to*: `agreement` for what they say, not why.
+    *Needs*: class maps of both; where a recipe measures it, they are Grad-CAM (`grad_cam` in core/places) at the last
+        of the network's feats that has places; labels as 0 and 1, or class indices. *Relates to*: `agreement` for what
+        they say, not why.
     *Differs*: see the card.
     """
     require(0 < threshold < 1, "threshold", threshold, "in (0, 1)")

@@ -1,0 +1,85 @@
+"""Few labels among many examples, some of them of classes that are not asked about."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from limbeck.adapters.files import load
+from limbeck.adapters.tasks import UNLABELLED
+from limbeck.core.batches import Batches
+from limbeck.core.errors import BadInput
+from tests import tiny
+
+SPEC: dict[str, Any] = {"name": "digits", "labelled": 7, "known": [8, "1", 3]}
+
+
+def test_so_many_of_each_known_class_are_labelled_and_none_is_lost() -> None:
+    plain, splits = load("digits"), load(SPEC)
+    labels = splits.train["labels"]
+    assert len(labels) == len(plain.train) and splits.train.classes == ["8", "1", "3"]
+    known = labels >= 0
+    assert labels[known].bincount().tolist() == [7, 7, 7] and set(labels[~known].tolist()) == {UNLABELLED}
+    truth = plain.train["labels"]
+    assert torch.equal(truth[known], torch.tensor([8, 1, 3])[labels[known]])
+    assert set(truth[~known].tolist()) == set(range(10))  # the known classes are among the unlabelled too
+    assert torch.equal(splits.train["inputs"], plain.train["inputs"])
+
+
+def test_others_are_left_out_of_validation_and_test() -> None:
+    plain, splits = load("digits"), load(SPEC)
+    for before, after in ((plain.validation, splits.validation), (plain.test, splits.test)):
+        kept = torch.isin(before["labels"], torch.tensor([8, 1, 3]))
+        assert torch.equal(torch.tensor([8, 1, 3])[after["labels"]], before["labels"][kept])
+        assert torch.equal(after["inputs"], before["inputs"][kept])
+
+
+def test_which_are_labelled_depends_on_the_seed_alone() -> None:
+    assert torch.equal(load(SPEC).train["labels"], load(SPEC).train["labels"])
+    few, more = (load({"name": "digits", "labelled": n}).train["labels"] for n in (3, 5))
+    assert (few >= 0).sum() == 30 and torch.equal(few[few >= 0], more[few >= 0])
+    other = load({"name": "digits", "labelled": 3, "seed": 1}).train
+    assert not torch.equal(other["labels"], few)
+
+
+def test_labels_alone_are_batches_a_class() -> None:
+    batches = Batches(load(SPEC).train, per_class=2)
+    seen = torch.cat([next(batches)["labels"] for _ in range(9)])
+    assert seen.bincount().tolist() == [18, 18, 18]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"known": [1, "ten"]}, "class 'ten', which digits lacks"),
+        ({"known": [1, 10]}, "class 10, which digits lacks"),
+        ({"known": [1]}, "at least two classes"),
+        ({"known": [1, "1"]}, "none twice"),
+        ({"labelled": 1000}, "labelled 1000 is more than class 0 of digits has"),
+        ({"name": "shakespeare_small", "limit": 9, "known": []}, "`labelled` needs one class label an example"),
+    ],
+)
+def test_what_cannot_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        load({**SPEC, **changes})
+
+
+RECIPE = {
+    "name": "few",
+    "do": "teach",
+    "teacher": {"net": "resnet8", "width": 2, "weights": "random"},
+    "student": {"net": "resnet8", "width": 2},
+    "data": {**SPEC, "test_limit": 40},
+    "match": ["wad"],
+    "control": {"train": {"per_class": 4}},
+    "train": {"steps": 3, "batch_size": 16},
+}
+
+
+def test_a_student_learns_from_labelled_and_unlabelled(tmp_path: Path) -> None:
+    path = tmp_path / "few.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    called = tiny.limbeck("run", path, "--out", tmp_path / "run")
+    assert called.code == 0, called.err

@@ -168,3 +168,8 @@ def test_a_recipe_of_several_labels_runs(tmp_path: Path) -> None:
     flat.write_text(yaml.safe_dump({**RECIPE, "student": {"net": "mlp"}, "match": ["bce", "mld"]}))
     said = tiny.limbeck("run", flat, "--out", tmp_path / "flat").said
     assert "`measure.1`: saliency maps need a network" in said and not (tmp_path / "flat").exists()
+
+
+def test_cross_entropy_says_what_such_labels_need() -> None:
+    with pytest.raises(BadInput, match="match them by bce"):
+        get("ce")(torch.zeros(2, 3), torch.eye(3)[:2])

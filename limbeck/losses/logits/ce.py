@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.card import method, require
+from limbeck.core.errors import BadInput
 from limbeck.core.maths import upcast
 
 
@@ -24,5 +25,7 @@ def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) 
     *Differs*: see the card.
     """
     require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "in [0, 1)")
+    if labels.is_floating_point():
+        raise BadInput(f"ce needs the index of one class, got labels {tuple(labels.shape)} of 0 to 1: match them by bce")
     logits = upcast(student_logits).flatten(0, -2)
     return F.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=label_smoothing).view_as(labels)

@@ -171,5 +171,5 @@ def test_a_recipe_of_several_labels_runs(tmp_path: Path) -> None:
 
 
 def test_cross_entropy_says_what_such_labels_need() -> None:
-    with pytest.raises(BadInput, match="match them by bce"):
+    with pytest.raises(BadInput, match="of 0 to 1; use bce"):
         get("ce")(torch.zeros(2, 3), torch.eye(3)[:2])

@@ -9,7 +9,8 @@ ABSENT = "\u2013"
 
 # Metrics kept as fractions of 1; they are shown in percent, and their differences in percentage points.
 FRACTIONS = frozenset(
-    "accuracy acc top1 top5 agreement f1 precision recall iou miou map ap auc auroc ece calibration mrr forgetting".split()
+    "accuracy acc top1 top5 agreement f1 precision recall iou miou map ap auc auroc ece calibration mrr "
+    "forgetting".split()
 )
 LOWER = frozenset(
     "frechet fid kid mmd loss nll perplexity ppl error ece calibration mse mae rmse latency seconds bytes brier "

@@ -26,6 +26,6 @@ def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) 
     """
     require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "in [0, 1)")
     if labels.is_floating_point():
-        raise BadInput(f"ce needs the index of one class, got labels {tuple(labels.shape)} of 0 to 1: match them by bce")
+        raise BadInput(f"ce needs the index of one class, got labels {tuple(labels.shape)} of 0 to 1; use bce")
     logits = upcast(student_logits).flatten(0, -2)
     return F.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=label_smoothing).view_as(labels)

@@ -1,6 +1,7 @@
 """The student is one decision tree, fitted to what the network says: every decision can be read as a path."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class Tree(nn.Module):
 
     At node i an example goes to `left` if its number `feature` is <= `threshold`, else to `right`; leaves lead to
     themselves. `value` [nodes, C] are probabilities, `importance` [F] the share of each number in what splits gain.
+    All of it is buffers, and weights of a tree of any size can be loaded.
     """
 
     feature: Tensor
@@ -31,15 +33,27 @@ class Tree(nn.Module):
         for name, part in parts.items():
             self.register_buffer(name, part)
 
+    def sizes(self) -> dict[str, float]:
+        """How large it is to a reader."""
+        leaves = int((self.left == torch.arange(len(self.left), device=self.left.device)).sum())
+        return {"nodes": len(self.left), "leaves": leaves}
+
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """[B, ...] -> {"logits": [B, C]}, normalised."""
-        x = inputs.flatten(1).to(self.threshold.dtype)
-        at = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        x = inputs.flatten(1).to(self.threshold)
+        at = torch.zeros_like(x[:, 0], dtype=torch.long)
         for _ in range(self.depth):
             goes = x.gather(1, self.feature[at].unsqueeze(1)).squeeze(1) <= self.threshold[at]
             at = torch.where(goes, self.left[at], self.right[at])
         said = self.value[at].clamp_min(torch.finfo(torch.float32).tiny).log()
-        return {"logits": said.to(inputs.dtype)}
+        return {"logits": said.to(inputs)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the shapes that come: how many nodes there are was learned, too."""
+        for name, buffer in list(self.named_buffers()):
+            if name in state_dict and state_dict[name].ndim == buffer.ndim:
+                setattr(self, name, buffer.new_empty(state_dict[name].shape))
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 @method(
@@ -72,9 +86,10 @@ def decision_tree(
     soft: share of the teacher in the target, in [0, 1]; 0 is the control, a tree on labels.
     leaf: fewest examples a leaf, >= 1.
 
-    *Needs*: enough batches to fill the leaves: a tree sees nothing else; inputs as numbers (images are flattened).
-    *Relates to*: nothing is left to be trained afterwards; compare its `accuracy` and `agreement` by depth.
-        `importance` says which numbers it looks at.
+    *Needs*: enough batches to fill the leaves, since a tree sees nothing else; inputs as numbers (images are
+        flattened). `do: shape` gives it every training example, and augmented ones as often as `train` would.
+    *Relates to*: nothing is left to be trained afterwards, so there is no `match`. Compare `accuracy` and `agreement`
+        by depth; `importance` says which numbers it looks at.
     """
     from sklearn.tree import DecisionTreeRegressor  # slow to import
 

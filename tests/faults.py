@@ -72,7 +72,8 @@ def _faults() -> Iterator[Fault]:
     yield _fault("label smoothing ignored", ce, ", label_smoothing=label_smoothing)", ")")
     fitnets, at = "losses/features/fitnets.py", "losses/attention/at.py"
     yield _fault("the hint not detached", fitnets, "teacher_feats[self.layer].detach()", "teacher_feats[self.layer]")
-    yield _fault("another layer than asked for", fitnets, "student, hint = student_feats[self.layer]", "student, hint = student_feats[0]")
+    hint = "student, hint = student_feats[self.layer]"
+    yield _fault("another layer than asked for", fitnets, hint, hint.replace("self.layer", "0"))
     yield _fault(
         "projector never trained",
         "train/plain/distill.py",
@@ -81,7 +82,7 @@ def _faults() -> Iterator[Fault]:
         "fitnets",
     )
     yield _fault("attention squares summed, not averaged", at, ".square().mean(1)", ".square().sum(1)")
-    yield _fault("attention power ignored", at, ".pow(power)", ".pow(1)")
+    yield _fault("attention power ignored", "core/maths.py", ".pow(power)", ".pow(1)", "at")
     yield _fault("attention of the teacher not detached", at, "t.detach()", "t")
     rkd, crd = "losses/relations/rkd.py", "losses/contrast/crd.py"
     yield _fault("mean distance counts the diagonal", rkd, "d * n * (n - 1) / d.sum()", "d * n * n / d.sum()")
@@ -91,7 +92,9 @@ def _faults() -> Iterator[Fault]:
         "upcast(teacher_emb).flatten(1).detach()",
         "upcast(teacher_emb).flatten(1)",
     )
-    yield _fault("infinite gradient at equal points", rkd, "apart = length > 0", "apart = length >= 0")
+    yield _fault(
+        "infinite gradient at equal points", "core/maths.py", "apart = length > 0", "apart = length >= 0", "rkd"
+    )
     yield _fault("memory bank is no buffer", crd, "self.register_buffer(bank, ", "setattr(self, bank, ")
     yield _fault("bank updated in eval", crd, "learning = self.training and torch.is_grad_enabled()", "learning = True")
     yield _fault("bank rows lose unit length", crd, "bank[index] = F.normalize(", "bank[index] = (")

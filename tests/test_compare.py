@@ -56,7 +56,7 @@ def test_what_cannot_run_is_listed_with_the_reason(setting: Path, tmp_path: Path
     found = compare(["kd", "at", "cwtm"], setting, seeds=1, folder=tmp_path / "out")
     kd, at, cwtm = found.rows
     assert kd.values and cwtm.values and not at.values
-    assert "at pairs layers one by one, got 1 and 2 of them" in at.why
+    assert "at compares places, and a vector has none" in at.why
     assert f"at: not run here: {at.why}" in lines(found)
     text = (tmp_path / "out" / "compare.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["rows"][0]["gain"]["low"] is None  # one seed: no interval

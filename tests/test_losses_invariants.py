@@ -141,9 +141,18 @@ def test_at_sees_only_where(power):
     close(eq_2, (16 * at(student, teacher)).sqrt())
 
 
-def test_at_refuses_unpaired_layers():
-    with pytest.raises(BadInput, match="2 and 1"):
-        get("at")([maps(2, 1), maps(2, 2)], [maps(2, 3)])
+def test_at_reads_tokens_as_pictures_and_pairs_layers_by_depth():
+    early, late, teacher = maps(2, 1), maps(2, 2), maps(5, 3)
+    whole = get("at")([late], [teacher])
+    close(get("at")([early, late], [teacher]), whole)
+    as_tokens = lambda x: x.flatten(2).mT
+    close(get("at")([as_tokens(late)], [as_tokens(teacher)]), whole)
+    close(get("at")([as_tokens(late)], [teacher]), whole)
+
+
+def test_at_refuses_vectors():
+    with pytest.raises(BadInput, match="a vector has none"):
+        get("at")([rand(3, 4)], [maps(2, 3)])
 
 
 # ---- relations -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,36 +29,77 @@ def pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
+def fusible(*constants: Tensor | float) -> bool:
+    """Whether a Function with its own gradient, but none to `constants`, may do the work of a plain formula.
+
+    Under torch.func it may not: a Function that torch.func understands costs more for its wrapping than for its work.
+    """
+    wanted = any(isinstance(x, Tensor) and x.requires_grad for x in constants)
+    return not (wanted or torch._C._are_functorch_transforms_active())
+
+
 # ---------------------------------------------------------------- divergences
 
 
 def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """log softmax(logits / temperature) over the last dimension; entries at -inf become `FLOOR`."""
-    return torch.log_softmax(upcast(logits) / temperature, -1).clamp_min(FLOOR)
+    return _log_softmax(logits, temperature).clamp_min(FLOOR)
+
+
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return torch.log_softmax(upcast(logits) / temperature, -1)
 
 
 def kl_logprobs(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum p (log p - log q) [...] of log-probabilities [..., C]; never negative, accurate near p = q.
 
-    Each term is p (e^d - 1 - d) >= 0 with d = log q - log p: adding q - p changes nothing in the sum, and no large
-    terms of opposite sign are left to cancel. Mass of p where q has none costs p * 1e19: finite, hard to overlook.
+    Mass of p where q has none costs p * 1e19: finite, hard to overlook.
     """
-    log_p, log_q = pair(log_p.clamp_min(FLOOR), log_q.clamp_min(FLOOR))
-    p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
-    near = d.abs() < 0.5
-    small = torch.where(near, d, 0.0)  # the branch not taken must not overflow: it would turn the gradient into nan
-    total = torch.where(near, p * (small.expm1() - small), q - p - p * d).sum(-1)
-    return total + (-total).clamp_min(0).detach()  # lifts a rounding error below 0, leaves the gradient alone
+    log_p, log_q = pair(log_p, log_q)
+    return _kl(log_p, log_q)[0]
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) [...], and q - p [..., C], its gradient to the logits of q.
+
+    Each term is q - p - p d >= 0 with d = log q - log p: adding q - p changes nothing in the sum, and no large terms of
+    opposite sign are left to cancel. q - p = (p + q) tanh(d / 2) keeps its digits near p = q and is finite far from it.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    d = (log_q - log_p).nan_to_num(0.0, -FLOOR, FLOOR)  # where one is -inf, or both; a nan comes back with p and q
+    difference = (p + q) * (d / 2).tanh()
+    return torch.addcmul(difference, p, d, value=-1).sum(-1).relu(), difference
+
+
+class _KL(torch.autograd.Function):
+    """KL(teacher || student) at a temperature, keeping nothing but the gradient to the student."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        total, slope = _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+        ctx.temperature = temperature
+        ctx.save_for_backward(student, teacher, slope)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            slope = _log_softmax(student, ctx.temperature).exp() - _log_softmax(teacher, ctx.temperature).exp()
+        return slope * (grad / ctx.temperature).unsqueeze(-1), None, None
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Forward divergence KL(teacher || student) at `temperature`: [..., C] x 2 -> [...]. No T**2."""
-    return kl_logprobs(log_probs(teacher_logits, temperature), log_probs(student_logits, temperature))
+    if fusible(teacher_logits, temperature):
+        value: Tensor = _KL.apply(student_logits, teacher_logits, temperature)  # type: ignore[no-untyped-call]
+        return value
+    return kl_logprobs(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """KL(student || teacher) at `temperature`: [..., C] x 2 -> [...]. No T**2."""
-    return kl_logprobs(log_probs(student_logits, temperature), log_probs(teacher_logits, temperature))
+    return kl_logprobs(_log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature))
 
 
 def log_mix(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
@@ -106,6 +148,86 @@ def gram(x: Tensor) -> Tensor:
     x = upcast(x)
     with torch.autocast(x.device.type, enabled=False):
         return x @ x.mT
+
+
+def squares(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """sum x^2 over `dims`, storing nothing but x for the backward pass. Differentiable twice."""
+    if not fusible():
+        return x.square().sum(dims)
+    total: Tensor = _Squares.apply(x, dims)  # type: ignore[no-untyped-call]
+    return total
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of x^2 over all but the batch: [B, ...] -> [B]."""
+    return squares(x, tuple(range(1, x.ndim))) / max(1, x[0].numel())
+
+
+class _Squares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+        ctx.dims = (dims,) if isinstance(dims, int) else dims
+        ctx.save_for_backward(x)
+        return x.square().sum(dims)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        for dim in sorted(d % x.ndim for d in ctx.dims):
+            grad = grad.unsqueeze(dim)
+        return x * (2 * grad), None
+
+
+def channel_energy(features: Tensor, power: float = 2.0) -> Tensor:
+    """sum_c |A_c|^power [B, ...] of features [B, C, ...], for other powers than 2 up to a factor an example: its
+    largest value becomes 1 first, so that |A|^power neither overflows nor fades out in fp32.
+    """
+    if power == 2:
+        return squares(features, 1)
+    size = features.abs()
+    largest = size.detach().flatten(1).amax(1).clamp_min(torch.finfo(size.dtype).tiny)
+    return (size / largest.view(-1, *[1] * (size.ndim - 1))).pow(power).sum(1)
+
+
+def arrows(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [N, N] of the rows of `points` [N, D], and the unit vectors [N, N, D] from each to each.
+
+    Both are 0, and send a gradient of 0, where two rows are equal.
+    """
+    between = points.unsqueeze(0) - points.unsqueeze(1)
+    length = squares(between, -1)
+    apart = length > 0  # a plain norm would send an infinite gradient through equal rows, one over inf sends 0
+    length = torch.where(apart, torch.where(apart, length, 1.0).sqrt(), 0.0)
+    return length, between / torch.where(apart, length, torch.inf).unsqueeze(-1)
+
+
+def gram_huber(x: Tensor, y: Tensor) -> Tensor:
+    """Mean Huber distance [], threshold 1, of the inner products of the rows: `gram(x)` [..., N, N] from `gram(y)`."""
+    x, y = pair(x, y)
+    with torch.autocast(x.device.type, enabled=False):
+        if not fusible(y):
+            return torch.nn.functional.smooth_l1_loss(gram(x), gram(y))
+        value: Tensor = _GramHuber.apply(x, y)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _GramHuber(torch.autograd.Function):
+    """One product in the place of two in the backward pass: matrices of inner products are symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        difference = gram(x).sub_(gram(y))
+        slope = difference.clamp(-1, 1)
+        ctx.save_for_backward(x, y, slope)
+        return (difference.sub_(slope, alpha=0.5).mul_(slope)).mean()  # slope (difference - slope / 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, y, slope = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # to be differentiated once more
+                slope = (gram(x) - gram(y)).clamp(-1, 1)
+            return (slope @ x) * (2 * grad / slope.numel()), None
 
 
 def pairwise_distances(x: Tensor, y: Tensor | None = None, *, squared: bool = False) -> Tensor:

@@ -73,6 +73,37 @@ def test_divergence_gradient(name: str) -> None:
     assert gradgradcheck(f, (s, t))
 
 
+@pytest.mark.parametrize("gap", [False, True])
+def test_kl_to_a_teacher_without_gradient_is_the_same(gap: bool) -> None:
+    s, t = randn(3, 5, seed=1).requires_grad_(), randn(3, 5, seed=2)
+    if gap:
+        t[:, 1] = -math.inf
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.special.xlogy(t.softmax(-1), t.softmax(-1)).sum(-1) - (t.softmax(-1) * x.log_softmax(-1)).sum(-1)
+
+    def f(x: Tensor) -> Tensor:
+        return maths.kl(x, t)
+
+    torch.testing.assert_close(f(s), plain(s))
+    torch.testing.assert_close(f(s), maths.kl_logprobs(t.log_softmax(-1), s.log_softmax(-1)))
+    torch.testing.assert_close(torch.autograd.grad(f(s).sum(), s), torch.autograd.grad(plain(s).sum(), s))
+    assert gradcheck(f, (s,)) and gradgradcheck(f, (s,))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: f(x).sum())(s.detach()), (s.softmax(-1) - t.softmax(-1)).detach()
+    )
+    torch.testing.assert_close(torch.func.vmap(maths.kl)(s.detach(), t), f(s).detach())
+    lone = randn(5, seed=3).requires_grad_()  # one student row for three of the teacher's
+    (grad,) = torch.autograd.grad(maths.kl(lone, t).sum(), lone)
+    torch.testing.assert_close(grad, (lone.softmax(-1) - t.softmax(-1)).sum(0).detach())
+
+
+def test_kl_of_nan_is_nan() -> None:
+    s, t = randn(4, 3, seed=1), randn(4, 3, seed=2)
+    s[0, 0] = t[1, 0] = math.nan
+    assert maths.kl(s, t).isnan().tolist() == [True, True, False, False]
+
+
 def test_kl_gradient_is_the_difference_of_probabilities() -> None:
     s, t = randn(4, 9, seed=1, dtype=torch.float32, scale=1e4).requires_grad_(), randn(4, 9, seed=2, scale=1e4).float()
     (grad,) = torch.autograd.grad(maths.kl(s, t).sum(), s)
@@ -170,6 +201,62 @@ def test_gram() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert maths.gram(x.float()).dtype is torch.float32
         torch.testing.assert_close(maths.gram(x.float()).double(), maths.gram(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [1, -1, (1, 3), (0, 1, 2, 3)])
+def test_squares(dims: int | tuple[int, ...]) -> None:
+    x = randn(2, 3, 4, 2).requires_grad_()
+    torch.testing.assert_close(maths.squares(x, dims), (x * x).sum(dims))
+    assert gradcheck(lambda v: maths.squares(v, dims), (x,))
+    assert gradgradcheck(lambda v: maths.squares(v, dims), (x,))
+    torch.testing.assert_close(torch.func.grad(lambda v: maths.squares(v, dims).sum())(x.detach()), 2 * x.detach())
+
+
+def test_mean_square() -> None:
+    x = randn(3, 4, 5)
+    np.testing.assert_allclose(maths.mean_square(x), np.square(x.numpy()).mean((1, 2)))
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 3.0])
+def test_channel_energy(power: float) -> None:
+    x = randn(3, 4, 2, 2).requires_grad_()
+    energy, want = maths.channel_energy(x, power), x.abs().pow(power).sum(1)
+    largest = 1.0 if power == 2 else x.detach().abs().amax((1, 2, 3)).view(3, 1, 1) ** power
+    torch.testing.assert_close(energy * largest, want)
+    given = torch.autograd.grad((energy * largest).square().sum(), x)
+    torch.testing.assert_close(given, torch.autograd.grad(want.square().sum(), x))
+    assert maths.channel_energy(1e4 * x.detach().float(), max(power, 12.0)).isfinite().all() or power == 2
+
+
+def test_arrows() -> None:
+    x = randn(5, 3)
+    length, unit = maths.arrows(x)
+    torch.testing.assert_close(length, torch.cdist(x, x))
+    torch.testing.assert_close(length.unsqueeze(-1) * unit, x.unsqueeze(0) - x.unsqueeze(1))
+    x = torch.cat([x, x[:2]]).requires_grad_()
+    length, unit = maths.arrows(x)
+    assert length[0, 5] == 0 and not unit[0, 5].any() and not unit.diagonal().any()
+    weights = randn(7, 7, 3, seed=1)
+    for k in (0, 1):
+        out = (maths.arrows(x)[k].reshape(7, 7, -1) * weights).sum()
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        assert grad.isfinite().all() and torch.autograd.grad(grad.square().sum(), x)[0].isfinite().all()
+    x = randn(4, 2).requires_grad_()
+    assert gradcheck(maths.arrows, (x,)) and gradgradcheck(maths.arrows, (x,))
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_gram_huber(scale: float) -> None:
+    x, y = randn(2, 4, 3, seed=1, scale=scale).requires_grad_(), randn(2, 4, 5, seed=2, scale=scale)
+    want = torch.nn.functional.smooth_l1_loss(x @ x.mT, y @ y.mT)
+    torch.testing.assert_close(maths.gram_huber(x, y), want)
+    torch.testing.assert_close(torch.autograd.grad(maths.gram_huber(x, y), x), torch.autograd.grad(want, x))
+    assert gradcheck(maths.gram_huber, (x, y)) and gradgradcheck(maths.gram_huber, (x, y))
+    y.requires_grad_()
+    assert gradcheck(maths.gram_huber, (x, y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = maths.gram_huber(x.float(), y.detach().bfloat16())
+    assert value.dtype is torch.float32
 
 
 @pytest.mark.parametrize("squared", [False, True])

@@ -37,7 +37,8 @@ class CRD(nn.Module):
     negative_count: K >= 1, cut to the number of other examples.
 
     *Needs*: embeddings and the index of each example in a set of fixed size. With `labels` negatives come from other
-        classes (examples not seen yet count as such); `negatives` [B, K] sets them. Else drawn from torch's generator.
+        classes (examples not seen yet count as such); `negatives` [B, K] sets them, -1 for none. Else
+        drawn from torch's generator.
     *Relates to*: use weight 0.8 beside `ce`, and `kd` at weight 1. Use `rkd` when there is no index or little memory:
         the banks hold 2 x N x width numbers.
     *Differs*: see the card.
@@ -100,26 +101,33 @@ class CRD(nn.Module):
         return loss
 
     def _nce(self, side: int, anchors: Tensor, bank: Tensor, places: Tensor, learning: bool) -> Tensor:
-        scores = (anchors @ bank.to(anchors.dtype).T).gather(1, places) / self.temperature
-        every = everyone(scores.detach().flatten())
-        fresh = every.logsumexp(0) - math.log(len(every)) + math.log(len(bank))  # Z = mean exp(score) x size of the set
+        absent = places < 0
+        counts = (~absent).sum(1, keepdim=True).to(anchors.dtype)  # the positive and its negatives
+        scores = (anchors @ bank.to(anchors.dtype).T).gather(1, places.clamp_min(0)) / self.temperature
+        every = everyone(scores.detach().masked_fill(absent, -torch.inf).flatten())
+        # Z = mean exp(score) x size of the set
+        fresh = every.logsumexp(0) - everyone(counts).sum().log() + math.log(len(bank))
         log_z = torch.where(self.log_z[side].isinf(), fresh, self.log_z[side])
         if learning:
             self.log_z[side] = log_z
         log_h = scores - log_z
-        odds = (places.shape[1] - 1) / len(bank)
-        log_both = torch.logaddexp(log_h, log_h.new_full((), math.log(odds + EPSILON)))
-        return log_both[:, 0] - log_h[:, 0] + (log_both[:, 1:] - math.log(odds)).sum(1)
+        odds = (counts - 1) / len(bank)
+        log_both = torch.logaddexp(log_h, (odds + EPSILON).log())
+        of_negatives = (log_both - odds.log()).masked_fill(absent, 0.0)[:, 1:].sum(1)
+        return log_both[:, 0] - log_h[:, 0] + of_negatives
 
     def _draw(self, index: Tensor, labels: Tensor | None) -> Tensor:
-        """Other examples for each of the batch, [B, K], of other classes where there are any."""
+        """Other examples for each of the batch, [B, K], of other classes where there are any; equally many for each,
+        the places left over are -1."""
         chance = torch.ones(len(index), len(self.classes), device=index.device).scatter_(1, index.unsqueeze(1), 0)
         if labels is not None:
             other = chance * (self.classes != labels.unsqueeze(1))
             chance = torch.where(other.any(1, keepdim=True), other, chance)
-        count = min(self.negative_count, int(chance.sum(1).min()))
-        # The draw that torch.multinomial makes, without the look at the values by which it would wait for the device.
-        return (chance / torch.empty_like(chance).exponential_()).topk(count).indices
+        # The draw that torch.multinomial makes, without the look at the values by which it would wait for the device;
+        # how many there are is not read for the same reason.
+        drawn = (chance / torch.empty_like(chance).exponential_()).topk(min(self.negative_count, len(self.classes) - 1))
+        there = torch.arange(drawn.indices.shape[1], device=index.device) < chance.sum(1).min()
+        return drawn.indices.where(there, -1)
 
     @torch.no_grad()
     def _remember(self, bank: Tensor, index: Tensor, now: Tensor) -> None:

@@ -78,8 +78,5 @@ class OFAKD(nn.Module):
         weights = (p + label) ** self.gamma - label
         dtype = next(self.parameters()).dtype
         said = [exit_(feat.to(dtype)) for exit_, feat in zip(self.exits, student_feats, strict=True)]
-        branches = torch.stack([self._adaptive(z, weights) for z in said]).sum(0)
-        return self.output_weight * self._adaptive(student_logits, weights) + self.branch_weight * branches
-
-    def _adaptive(self, logits: Tensor, weights: Tensor) -> Tensor:
-        return -(weights * log_probs(logits, self.temperature)).sum(-1)
+        adaptive = -(weights * log_probs(torch.stack([student_logits, *said]), self.temperature)).sum(-1)
+        return self.output_weight * adaptive[0] + self.branch_weight * adaptive[1:].sum(0)

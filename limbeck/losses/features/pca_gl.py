@@ -40,7 +40,7 @@ class PCAGL(nn.Module):
 
     *Needs*: `queries`, `keys`, `values`, `attn` and `feats` of a transformer teacher (`attn: true` in the zoo); `feats`
         of the student that are maps, or tokens that make a square picture.
-    *Relates to*: weight 0.1 to 10 beside `ce` and `kd`, with strong augmentation. `ofa_kd` crosses architectures by
+    *Relates to*: weight 0.03 to 1 beside `ce` and `kd`, with strong augmentation. `ofa_kd` crosses architectures by
         logits, `dual_view` by cross-attention.
     *Differs*: see the card.
     """

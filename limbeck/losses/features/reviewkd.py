@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, as_map, per_example
+from limbeck.core.features import Shape, as_map
 from limbeck.core.features import width as channels
 from limbeck.core.layerwise import paired
-from limbeck.core.maths import pair
+from limbeck.core.maths import mean_square, pair
 
 SIZES = (4, 2, 1)  # of the pooled maps that are compared besides the whole one, with weights 1/2, 1/4, 1/8
 
@@ -35,8 +35,8 @@ class ReviewKD(nn.Module):
     pooled: the mean of the deepest feature over its places is one more level, the deepest; false when the pooling is
         among the taps already, as it should be where the others are read before the ReLU.
 
-    *Needs*: one map (tokens: a square number) a stage of each, as many a side. The paper takes the teacher's before the
-        ReLU: taps "blocks.2.relu2:in".
+    *Needs*: one map (tokens: a square number) a stage of each. The paper takes the teacher's before the ReLU: taps
+        "blocks.2.relu2:in".
     *Relates to*: use weight 0.6 to 8 beside `ce`, with a warm-up: {warmup: [5, 0.1]}. `fitnets` compares one level with
         one; the fusing blocks cost memory and are dropped after training.
     *Differs*: see the card.
@@ -55,7 +55,8 @@ class ReviewKD(nn.Module):
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example."""
-        students, teachers = ([as_map(x) for x in feats] for feats in (student_feats, teacher_feats))
+        pairs = paired(student_feats, teacher_feats)
+        students, teachers = [as_map(s) for s, _ in pairs], [as_map(t) for _, t in pairs]
         if self.pooled:
             for feats in (students, teachers):
                 feats.append(feats[-1].mean((2, 3), keepdim=True))
@@ -84,9 +85,11 @@ class Fusion(nn.Module):
     def forward(self, student: Tensor, below: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         x = self.enter(student)
         if self.gates is not None and below is not None:
-            below = F.interpolate(below, x.shape[2:])
-            gates = self.gates(torch.cat([x, below], 1)).sigmoid()
-            x = gates[:, :1] * x + gates[:, 1:] * below
+            # A 1x1 convolution of [x, y] is one of x and one of y, which costs less before y is enlarged.
+            of_x, of_below = self.gates.weight.chunk(2, 1)
+            says = F.interpolate(F.conv2d(below, of_below), x.shape[2:])
+            a, b = (F.conv2d(x, of_x, self.gates.bias) + says).sigmoid().chunk(2, 1)
+            x = torch.addcmul(a * x, b, F.interpolate(below, x.shape[2:]))
         x = x if x.shape[2:] == size else F.interpolate(x, size)
         return self.leave(x), x
 
@@ -94,9 +97,9 @@ class Fusion(nn.Module):
 def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
     """Weighted mean over scales of the mean squared error of two maps of equal shape: [B, C, H, W] x 2 -> [B]."""
     difference = student - teacher
-    loss, weight, total = per_example(difference.square()), 1.0, 1.0
+    loss, weight, total = mean_square(difference), 1.0, 1.0
     for size in SIZES:
         if size < student.shape[2]:
             weight, pooled = weight / 2, F.adaptive_avg_pool2d(difference, size)
-            loss, total = loss + weight * per_example(pooled.square()), total + weight
+            loss, total = loss + weight * mean_square(pooled), total + weight
     return loss / total

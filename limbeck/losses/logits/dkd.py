@@ -5,7 +5,6 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.maths import kl, upcast
-from limbeck.core.responses import others
 
 
 @method(
@@ -52,7 +51,7 @@ def dkd(
 
 
 def _split(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Softened logits of [label, not the label] [..., 2], and of the other classes [..., C - 1]."""
-    logits = upcast(logits) / temperature
-    rest = others(logits, labels)
-    return torch.cat([logits.gather(-1, labels.unsqueeze(-1)), rest.logsumexp(-1, keepdim=True)], -1), rest
+    """Softened logits of [label, not the label] [..., 2], and of the others [..., C] with the label at -inf."""
+    logits, label = upcast(logits) / temperature, labels.unsqueeze(-1)
+    rest = logits.scatter(-1, label, -torch.inf)
+    return torch.cat([logits.gather(-1, label), rest.logsumexp(-1, keepdim=True)], -1), rest

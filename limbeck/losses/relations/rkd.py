@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import gram, pairwise_distances, upcast
+from limbeck.core.maths import arrows, gram_huber, upcast
 
 
 @method(
@@ -37,20 +37,13 @@ def rkd(
     require(distance_weight >= 0, "distance_weight", distance_weight, ">= 0")
     require(angle_weight >= 0, "angle_weight", angle_weight, ">= 0")
     student, teacher = upcast(student_emb).flatten(1), upcast(teacher_emb).flatten(1).detach()
-    distance = F.smooth_l1_loss(_distances(student), _distances(teacher))
-    angle = F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+    (student_lengths, student_units), (teacher_lengths, teacher_units) = arrows(student), arrows(teacher)
+    distance = F.smooth_l1_loss(_relative(student_lengths), _relative(teacher_lengths))
+    angle = gram_huber(student_units, teacher_units)  # cos of the angle at j between i and k: <u_ij, u_kj>
     return distance_weight * distance + angle_weight * angle
 
 
-def _distances(points: Tensor) -> Tensor:
+def _relative(d: Tensor) -> Tensor:
     """Distances [B, B] in units of their mean over the pairs of two examples."""
-    d, n = pairwise_distances(points), len(points)
+    n = len(d)
     return d * n * (n - 1) / d.sum().clamp_min(torch.finfo(d.dtype).tiny)
-
-
-def _cosines(points: Tensor) -> Tensor:
-    """cos of the angle at j between i and k, [j, i, k]; 0 where two of the points coincide."""
-    arrows = points.unsqueeze(0) - points.unsqueeze(1)
-    length = arrows.square().sum(-1, keepdim=True)
-    apart = length > 0  # a plain norm would send an infinite gradient through equal points, one over inf sends 0
-    return gram(arrows / torch.where(apart, torch.where(apart, length, 1.0).sqrt(), torch.inf))

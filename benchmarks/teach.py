@@ -18,6 +18,7 @@ import argparse
 import copy
 import importlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -471,7 +472,8 @@ def publish(result: dict[str, Any]) -> None:
     page = ROOT / "benchmarks" / "README.md"
     before, rest = page.read_text().split(BEGIN)
     versions = (
-        f"\nWith torch {result['torch']} and Python {result['python']}, {result['setting']['pairs']} pairs each.\n"
+        f"\nWith torch {result['torch']} and Python {result['python']}, {result['setting']['pairs']} pairs each; load "
+        f"average {result['load']:.1f} on {result['processors']} processors.\n"
     )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows(result))
     page.write_text(before + BEGIN + table + "\n" + versions + END + rest.split(END)[1])
@@ -510,15 +512,16 @@ def main() -> None:
     if args.only:
         return
     slow = [name for name, f in found.items() if round(f["step"]["median_ratio_of_pairs"], 2) > BAR]
-    waiting = [
-        name for name, f in found.items() if f["waits"]["limbeck"]["operations"] or f["waits"]["limbeck"]["calls"]
-    ]
+    ours = {name: [w for way, w in f["waits"].items() if way != "other"] for name, f in found.items()}
+    waiting = [name for name, seen in ours.items() if any(w["operations"] or w["calls"] for w in seen)]
     result = {
         "methods": found,
         "bar": BAR,
         "slower": slow,
         "waiting": waiting,
         "setting": {"pairs": args.pairs, "batch": args.batch, "negatives": args.negatives, "threads": 1},
+        "load": os.getloadavg()[2],
+        "processors": os.cpu_count(),
         "torchdistill": VERSION,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ WHOLE = (  # no dimension counts examples
     *("student_head", "teacher_head", "student_head_bias", "teacher_head_bias", "teacher_scales", "teacher_shifts"),
     *("edges", "progress", "features", "curves"),
 )
+PROBABILITIES = ("teacher_logprobs", "teacher_tail", "teacher_weights")  # what no scale may be put on
 Inputs = dict[str, Any]
 
 
@@ -47,10 +48,8 @@ def _cast(name: str, value: Any, dtype: torch.dtype, scale: float) -> Any:
         return [_cast(name, v, dtype, scale) for v in value]
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
-    scaled = (
-        value * scale if name.startswith(("student_", "teacher_", "teachers_")) and "logprobs" not in name else value
-    )
-    return scaled.to(dtype)
+    signal = name.startswith(("student_", "teacher_", "teachers_")) and name not in PROBABILITIES
+    return (value * scale if signal else value).to(dtype)
 
 
 def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
@@ -78,6 +77,8 @@ def _make(name: str, lead: tuple[int, ...], g: Generator) -> Any:
         "teachers_logits": lambda: normal(2, *lead, C),
         "teacher_ids": lambda: torch.rand(*lead, C, generator=g).argsort(-1)[..., :K],
         "teacher_logprobs": lambda: normal(*lead, C).log_softmax(-1).sort(-1, descending=True).values[..., :K],
+        "teacher_tail": lambda: torch.rand(*lead, generator=g, dtype=torch.float64) / 2,
+        "teacher_weights": lambda: torch.rand(*lead, K, generator=g, dtype=torch.float64),
         "real_samples": lambda: normal(N, 3),
         "logits": lambda: normal(*lead, C),
         "feats": lambda: [normal(B, 3 + 2 * wide, 8, 8), normal(B, 4 + 2 * wide, 4, 4)],

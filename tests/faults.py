@@ -68,7 +68,7 @@ def _faults() -> Iterator[Fault]:
     yield _fault("log of summed exponentials", dkd, summed, "rest.exp().sum(-1, keepdim=True).log()")
     responses = "core/responses.py"
     later = "(place >= labels.unsqueeze(-1))"
-    yield _fault("the label among the others", responses, later, later.replace(">=", ">"), "dkd")
+    yield _fault("the label among the others", responses, later, later.replace(">=", ">"), "nkd")
     yield _fault("label smoothing ignored", ce, ", label_smoothing=label_smoothing)", ")")
     fitnets, at = "losses/features/fitnets.py", "losses/attention/at.py"
     yield _fault("the hint not detached", fitnets, "teacher_feats[self.layer].detach()", "teacher_feats[self.layer]")
@@ -82,7 +82,8 @@ def _faults() -> Iterator[Fault]:
         "fitnets",
     )
     yield _fault("attention squares summed, not averaged", at, ".square().mean(1)", ".square().sum(1)")
-    yield _fault("attention power ignored", "core/maths.py", ".pow(power)", ".pow(1)", "at")
+    energy = "return squares(features, 1)"
+    yield _fault("attention power ignored", "core/maths.py", energy, "return features.abs().sum(1)", "at")
     yield _fault("attention of the teacher not detached", at, "t.detach()", "t")
     rkd, crd = "losses/relations/rkd.py", "losses/contrast/crd.py"
     yield _fault("mean distance counts the diagonal", rkd, "d * n * (n - 1) / d.sum()", "d * n * n / d.sum()")

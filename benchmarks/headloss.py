@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import memory
 from torch import Tensor
-from torch._C._profiler import _EventType
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from limbeck.core.headloss import Head, Term, head_loss
 from limbeck.core.headloss.divergences import forward_kl
@@ -122,25 +121,6 @@ def seconds(way: Callable[[Setting], Tensor], s: Setting) -> float:
     start = time.process_time()
     step(way, s)
     return time.process_time() - start
-
-
-def memory(run: Callable[[], Any]) -> int:
-    """Bytes, by torch's own account: the most that `run` holds at once above what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    moments: list[tuple[int, int]] = []
-    assert seen.profiler is not None
-    todo = list(seen.profiler.kineto_results.experimental_event_tree())
-    while todo:
-        event = todo.pop()
-        todo += event.children
-        if event.tag == _EventType.Allocation:
-            moments.append((event.start_time_ns, event.extra_fields.alloc_size))
-    held = most = 0
-    for _, size in sorted(moments, key=lambda m: m[0]):
-        held += size
-        most = max(most, held)
-    return most
 
 
 def truth(s: Setting, rows: int = 32) -> tuple[float, dict[str, Tensor]]:

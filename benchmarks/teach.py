@@ -30,10 +30,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from memory import memory
 from torch import Tensor, nn
-from torch._C._profiler import _EventType
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.losses.attention.at import at
@@ -318,25 +317,6 @@ def apart(case: Case, have: Have) -> dict[str, float]:
         "value": abs(values[0] - values[1]) / abs(values[1]),
         "gradient": float((mine - theirs).norm() / theirs.norm()),
     }
-
-
-def memory(run: Callable[[], None]) -> int:
-    """Bytes, by torch's own account: the most that `run` holds at once above what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    moments: list[tuple[int, int]] = []
-    assert seen.profiler is not None
-    todo = list(seen.profiler.kineto_results.experimental_event_tree())
-    while todo:
-        event = todo.pop()
-        todo += event.children
-        if event.tag == _EventType.Allocation:
-            moments.append((event.start_time_ns, event.extra_fields.alloc_size))
-    held = most = 0
-    for _, size in sorted(moments, key=lambda m: m[0]):
-        held += size
-        most = max(most, held)
-    return most
 
 
 class Waiting(TorchDispatchMode):

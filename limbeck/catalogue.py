@@ -180,7 +180,7 @@ def _each(row: str, gain: Callable[[dict[str, Any]], dict[str, Any] | None]) -> 
     """One figure a recipe, each after the recipe's name when there are several."""
     known = {key: found for key in of_row(row) if (found := evidence(key))}
     said = {key: _gained(found, figures) for key, found in known.items() if (figures := gain(found))}
-    several = len(known) > 1
+    several = len(of_row(row)) > 1
     return "; ".join(f"{of_row(row)[key].stem}: {text}" if several else text for key, text in said.items())
 
 

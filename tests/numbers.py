@@ -1,5 +1,6 @@
 """What the tests of invariants share: random numbers in fp64, gradients of losses, and modules from what they get."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from limbeck.core.reduce import mean
 
 VECTORS = Path(__file__).parent / "vectors"
 FP64 = torch.float64
+
+
+def vector(name: str, part: str) -> dict[str, Any]:
+    """One part of a file of reference numbers."""
+    body: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())[part]
+    return body
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -35,22 +35,12 @@ from limbeck.train.plain.scalekd import ScaleKD
 from limbeck.train.plain.simkd import SimKD
 from limbeck.train.plain.sskd import SSKD, puzzle, trusted, turned
 from limbeck.zoo import nets as zoo
+from tests.numbers import vector
 
 B = 6
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    standard = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(standard)
-
-
-def vector(name: str, part: str) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())[part]
-    return body
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def maps(channels: int, side: int) -> Tensor:

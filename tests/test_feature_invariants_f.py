@@ -4,7 +4,7 @@ See the `invariants` of their catalogue rows.
 """
 
 import json
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -16,31 +16,20 @@ from limbeck.conformance import toys
 from limbeck.core.errors import BadInput
 from limbeck.core.graft import Grafted
 from limbeck.core.loop import Clock, Plan, fit
-from limbeck.core.masked import Decoder, covered, draw, only, patchify, pick, sides
+from limbeck.core.masked import Decoder, covered, draw, only, patchify, pick, sides, unseen
 from limbeck.core.nets import Nets
 from limbeck.core.prototypes import Bank, Guide, assign
 from limbeck.train.gans.dcd_gan import DCDGAN, hinge, texture
-from limbeck.train.masked.dmae import DMAE, apart, unseen
+from limbeck.train.masked.dmae import DMAE, apart
 from limbeck.train.masked.dmjd import DMJD, disjoint, visible
-from limbeck.train.masked.dmjd import unseen as untold
 from limbeck.train.plain.proc_kd import ProCKD
 from limbeck.zoo import nets as zoo
+from tests.numbers import vector
 
 B = 6
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    standard = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(standard)
-
-
-def vector(name: str, part: str) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())[part]
-    return body
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def alike(found: Any, wanted: Any, **tolerance: float) -> None:
@@ -112,7 +101,7 @@ def test_dmae_is_that_of_the_authors() -> None:
     given = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in vector("dmae", "masked").items()}
     told = given["told"].requires_grad_()
     ours = told.unflatten(2, (2, 2, 3)).permute(0, 1, 4, 2, 3).flatten(2)  # a pixel's channels lie together there
-    pixels = unseen(ours, given["pictures"], given["shown"]).mean()
+    pixels = unseen(ours, patchify(given["pictures"], math.isqrt(ours.shape[1])), given["shown"]).mean()
     alike(pixels, given["pixels"])
     alike(torch.autograd.grad(pixels, told)[0], given["pixels_grad"], rtol=1e-7)
     linear, student = nn.Linear(3, 4), given["student"].requires_grad_()
@@ -367,7 +356,7 @@ def test_dmjd_is_that_of_the_authors() -> None:
     given = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in vector("dmjd", "masked").items()}
     told, seen = given["told"].requires_grad_(), given["visible"].requires_grad_()
     targets = torch.cat([given["targets"]] * 2)
-    dark = untold(told, targets, given["shown"]).mean()
+    dark = unseen(told, targets, given["shown"]).mean()
     alike(dark, given["hidden"])
     both = dark + visible(seen, targets, given["shown"]).mean()
     alike(both, given["both"])
@@ -393,7 +382,7 @@ def test_dmjd_is_0_when_shown_patches_tell_their_targets() -> None:
     targets, shown = torch.randn(B, 9, 5), draw(B, 9, 4, torch.device("cpu"))
     own = torch.stack([t[s] for t, s in zip(targets, shown, strict=True)])
     alike(visible(own, targets, shown), torch.zeros(B))
-    alike(untold(torch.where(covered(shown, 9).unsqueeze(2), targets, 9.0), targets, shown), torch.zeros(B))
+    alike(unseen(torch.where(covered(shown, 9).unsqueeze(2), targets, 9.0), targets, shown), torch.zeros(B))
     assert (visible(own.flip(1), targets, shown) > 1e-3).all()
 
 

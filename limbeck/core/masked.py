@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limbeck.core.card import require
 from limbeck.core.errors import BadInput
+from limbeck.core.loop import Stage
+from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.taps import find_layer
 
@@ -75,6 +78,29 @@ def sides(nets: Nets, player: str, entry: str, batch: Batch) -> int:
             f"{player}'s gets {list(shape)} of pictures {list(inputs.shape)}"
         )
     return side
+
+
+def unseen(told: Tensor, targets: Tensor, shown: Tensor) -> Tensor:
+    """Mean squared error of targets [B, patches, D] at patches that are not shown: [B]."""
+    told, targets = pair(told, targets)
+    error, dark = (told - targets).square().mean(2), covered(shown, told.shape[1])
+    return (error * dark).sum(1) / dark.sum(1)
+
+
+def masked_first(nets: Nets, share: float, steps: int) -> Iterator[Stage]:
+    """A share of the steps on masked pictures, the others on whole ones; in the first nets.pretext trains along."""
+    before = min(steps - 1, max(1, round(share * steps)))
+    nets.companions["student"] = ["pretext"]
+    yield Stage(before, "masked", until=share, validated=False)
+    nets.companions["student"] = ["losses"]
+    yield Stage(steps - before, "whole")
+
+
+def check_decoder(decoder_width: int, decoder_depth: int, decoder_heads: int) -> None:
+    """Raise ValueError for sizes that no `Decoder` can have."""
+    for name, size in zip(("width", "depth", "heads"), (decoder_width, decoder_depth, decoder_heads), strict=True):
+        require(size >= 1, f"decoder_{name}", size, ">= 1")
+    require(decoder_width % decoder_heads == 0, "decoder_width", decoder_width, f"a multiple of {decoder_heads} heads")
 
 
 class Decoder(nn.Module):

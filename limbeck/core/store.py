@@ -29,7 +29,19 @@ from limbeck.core.maths import kl_logprobs, log_probs
 from limbeck.core.nets import Batch, evaluating, outputs
 from limbeck.core.partition import mixed
 
-__all__ = ["Recovery", "Store", "StoreInfo", "StoredBatches", "capture", "data_fingerprint", "fingerprint", "recover"]
+__all__ = [
+    "Recovery",
+    "Store",
+    "StoreInfo",
+    "StoredBatches",
+    "brief",
+    "capture",
+    "data_fingerprint",
+    "fingerprint",
+    "read_spec",
+    "recover",
+    "write_spec",
+]
 
 FORMAT = 1
 STEPS = {8: 16, 16: 2048}  # codes a nat: log-probabilities down to -16 or -32 nats, off by at most half a step
@@ -254,7 +266,7 @@ class _Files:
         """Write down that the store is whole."""
         fidelity = np.asarray(self.arrays["fidelity"], np.float64).mean(0)
         figures = {"data": _fingerprint(self.arrays["digests"]), "mass": float(fidelity[0]), "kl": float(fidelity[1])}
-        _write_spec(self.folder, {**self.spec, **figures, "complete": True})
+        write_spec(self.folder, {**self.spec, **figures, "complete": True})
 
 
 def _row_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -281,11 +293,11 @@ def _decode(codes: Array, bits: int) -> Array:
 def _open_files(folder: Path, asked: dict[str, Any], first: Batch, ask: Ask) -> _Files:
     """The arrays of a new store, sized by one example, or those of one begun with the same arguments."""
     if (folder / "store.json").exists():
-        spec = _read_spec(folder)
+        spec = _of_examples(folder)
         for key, value in asked.items():
             if spec.get(key) != value:
                 raise BadInput(
-                    f"{folder} holds another capture: `{key}` was {_brief(spec.get(key))} there and is {_brief(value)} "
+                    f"{folder} holds another capture: `{key}` was {brief(spec.get(key))} there and is {brief(value)} "
                     "now; delete the folder or choose another"
                 )
         return _Files(folder, spec)
@@ -313,7 +325,7 @@ def _open_files(folder: Path, asked: dict[str, Any], first: Batch, ask: Ask) -> 
             for view in range(spec["views"]):  # an example's crops depend on its number, not on its batch
                 draws[:, view] = augment.draw(generator(spec["seed"], "view", view), spec["examples"]).numpy()
             draws.flush()
-        _write_spec(draft, {**spec, "complete": False})
+        write_spec(draft, {**spec, "complete": False})
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
@@ -324,8 +336,9 @@ def _open_files(folder: Path, asked: dict[str, Any], first: Batch, ask: Ask) -> 
     return _Files(folder, spec)
 
 
-def _brief(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else repr(value)
+def brief(value: Any) -> str:
+    """A value short enough for a sentence."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 24 else repr(value)
 
 
 def _layout(spec: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -366,13 +379,18 @@ def _reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
-    draft = folder / ".store.json"
-    draft.write_text(json.dumps(spec, indent=1))
+def write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
+    """Write store.json, whole or not at all."""
+    draft = folder / f".store-{os.getpid()}.json"
+    with draft.open("w") as file:
+        file.write(json.dumps(spec, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(folder / "store.json")
 
 
-def _read_spec(folder: Path) -> dict[str, Any]:
+def read_spec(folder: Path) -> dict[str, Any]:
+    """Read store.json, of whatever format; one clear sentence when this is no store."""
     path = folder / "store.json"
     try:
         spec: dict[str, Any] = json.loads(path.read_text())
@@ -382,8 +400,14 @@ def _read_spec(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder} is no store of teacher signals: it has no store.json{hint}") from error
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON ({error}); capture the store again") from error
+    return spec
+
+
+def _of_examples(folder: Path) -> dict[str, Any]:
+    spec = read_spec(folder)
     if spec.get("format") != FORMAT:
-        raise BadInput(f"{path} has format {spec.get('format')!r}, not {FORMAT}; capture the store again")
+        found = f"{folder / 'store.json'} has format {spec.get('format')!r}"
+        raise BadInput(f"{found}, not {FORMAT}; capture the store again")
     return spec
 
 
@@ -407,7 +431,7 @@ class Store:
         teacher_fingerprint: what `fingerprint(teacher)` gives. data_fingerprint: what `data_fingerprint(table)` gives.
         """
         folder = Path(folder)
-        spec = _read_spec(folder)
+        spec = _of_examples(folder)
         if not spec.get("complete"):
             done = int(_arrays(folder, spec, "r")["done"].sum())
             raise BadInput(
@@ -417,7 +441,7 @@ class Store:
         for what, how, wanted in told:
             if wanted is not None and spec[what] != wanted:
                 raise BadInput(
-                    f"the store {folder} is stale: it was made {how} ({_brief(spec[what])}, now {_brief(wanted)}); "
+                    f"the store {folder} is stale: it was made {how} ({brief(spec[what])}, now {brief(wanted)}); "
                     "capture it again"
                 )
         return Store(folder, spec)

@@ -6,7 +6,6 @@ index entry is begun, and entries have a fixed size and a checksum: whatever mom
 that are whole tell which records are, and what follows them is cut off.
 """
 
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from limbeck.core.errors import BadInput, LimbeckError, nearest
+from limbeck.core.errors import BadInput, LimbeckError
 from limbeck.core.signals.fidelity import PARTS, SUMS
+from limbeck.core.store import brief, read_spec
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["ENTRY", "FORMAT", "Index", "Log", "brief", "differs", "read_spec", "write_spec"]
+__all__ = ["ENTRY", "FORMAT", "Index", "Log", "differs", "stored_spec"]
 
 FORMAT = 1
 ENTRY = np.dtype(
@@ -38,37 +38,13 @@ Bytes = NDArray[np.uint8]
 
 
 # ---- store.json ------------------------------------------------------------------------------------------------------
-def write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
-    """Write store.json, whole or not at all."""
-    draft = folder / f".store-{os.getpid()}.json"
-    with draft.open("w") as file:
-        file.write(json.dumps(spec, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / "store.json")
-
-
-def read_spec(folder: Path) -> dict[str, Any]:
-    """Read store.json; one clear sentence when this is no store, or one of another format."""
-    path = folder / "store.json"
-    try:
-        spec: dict[str, Any] = json.loads(path.read_text())
-    except OSError as error:
-        beside = [p.parent.name for p in folder.parent.glob("*/store.json")] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, beside)
-        raise BadInput(f"{folder} is no store of teacher signals: it has no store.json{hint}") from error
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); capture the store again") from error
+def stored_spec(folder: Path) -> dict[str, Any]:
+    """The store.json of a store of documents; one clear sentence when it is of another kind or version."""
+    spec = read_spec(folder)
     if spec.get("signals") != FORMAT:
-        raise BadInput(
-            f"{path} is of format {spec.get('signals')!r}, not {FORMAT}: no store of documents of this version"
-        )
+        found = f"{folder / 'store.json'} is of format {spec.get('signals')!r}"
+        raise BadInput(f"{found}, not {FORMAT}: no store of documents of this version")
     return spec
-
-
-def brief(value: Any) -> str:
-    """A value short enough for a sentence."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 24 else repr(value)
 
 
 def differs(have: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

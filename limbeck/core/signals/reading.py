@@ -17,7 +17,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.maths import FLOOR
 from limbeck.core.signals.coding import BLOCK, Entries, decode
 from limbeck.core.signals.fidelity import Fidelity, report
-from limbeck.core.signals.files import ENTRY, Index, Records, differs, read_spec
+from limbeck.core.signals.files import ENTRY, Index, Records, differs, stored_spec
 from limbeck.core.signals.keys import Document, as_documents, digest, text_fingerprint
 from limbeck.core.signals.kinds import Embedding, Hidden, Sampled, TopK, tensors
 from limbeck.core.signals.sources import fingerprint_of
@@ -71,7 +71,7 @@ class SignalStore:
         teacher, tokenizer: fingerprints. template: its text. documents: what is to be trained on.
         """
         folder = Path(folder)
-        spec = read_spec(folder)
+        spec = stored_spec(folder)
         if not spec.get("complete"):
             have = len(Index(folder).entries)
             raise BadInput(f"the store {folder} is not finished ({have} documents so far); run its capture again")

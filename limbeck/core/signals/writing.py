@@ -19,10 +19,11 @@ from limbeck.core.card import require
 from limbeck.core.errors import BadInput
 from limbeck.core.signals.coding import Codebook, Entries, Layout, encode, symbols
 from limbeck.core.signals.fidelity import of_dense, of_sparse
-from limbeck.core.signals.files import FORMAT, Index, Log, differs, read_spec, write_spec
+from limbeck.core.signals.files import FORMAT, Index, Log, differs, stored_spec
 from limbeck.core.signals.keys import Document, as_documents, digest, text_fingerprint
 from limbeck.core.signals.kinds import Embedding, Full, Hidden, Kind, Sampled, TopK, kind_of, spec_of
 from limbeck.core.signals.sources import Given, Local, Source
+from limbeck.core.store import write_spec
 
 __all__ = ["Coder", "capture", "changed"]
 
@@ -69,7 +70,7 @@ def capture(
     ready: dict[int, Given] = {}
     if not (folder / "store.json").exists():
         ready = _create(folder, asked, kind, source, documents, batch_size, rank)
-    spec = read_spec(folder)
+    spec = stored_spec(folder)
     if other := differs(spec, asked):
         raise BadInput(f"{folder} holds another capture: {other}; delete the folder or choose another")
     coder = Coder(folder, spec)

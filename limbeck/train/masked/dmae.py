@@ -1,5 +1,6 @@
 """Teacher and student see the same few patches; the student tells the other pixels, and what the teacher feels."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import per_example
 from limbeck.core.loop import Clock, Stage, Turn
-from limbeck.core.masked import Decoder, covered, draw, only, patchify, sides
+from limbeck.core.masked import Decoder, check_decoder, draw, masked_first, only, patchify, sides, unseen
 from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.pair import Pair, parse_all
@@ -70,10 +71,7 @@ class DMAE:
         require(0 < self.share < 1, "share", self.share, "in (0, 1)")
         require(0 < self.depth <= 1, "depth", self.depth, "in (0, 1]")
         require(self.projector in ("linear", "mlp"), "projector", self.projector, "linear or mlp")
-        for name in ("decoder_width", "decoder_depth", "decoder_heads"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        fits = self.decoder_width % self.decoder_heads == 0
-        require(fits, "decoder_width", self.decoder_width, f"a multiple of {self.decoder_heads} heads")
+        check_decoder(self.decoder_width, self.decoder_depth, self.decoder_heads)
 
     @cached_property
     def pair(self) -> Pair:
@@ -101,11 +99,7 @@ class DMAE:
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """Masked pictures, then whole ones."""
-        before = min(steps - 1, max(1, round(self.share * steps)))
-        nets.companions["student"] = ["pretext"]
-        yield Stage(before, "masked", until=self.share, validated=False)
-        nets.companions["student"] = ["losses"]
-        yield Stage(steps - before, "whole")
+        yield from masked_first(nets, self.share, steps)
 
     def at_depth(self, feats: list[Tensor]) -> Tensor:
         """The feature at the chosen share of the depth."""
@@ -123,7 +117,8 @@ class DMAE:
                 teacher = nets.run("teacher", batch)["feats"]
         with only(nets.student, self.entry, shown, patches):
             student = nets.run("student", batch)["feats"]
-        parts = {"pixels": mean(unseen(decoder(student[-1], shown), pictures, shown), mask)}
+        pixels = patchify(pictures, math.isqrt(patches))
+        parts = {"pixels": mean(unseen(decoder(student[-1], shown), pixels, shown), mask)}
         if self.weight:
             mine, aim = nets.pretext["projector"](self.at_depth(student)), self.at_depth(teacher)
             parts["features"] = self.weight * mean(apart(mine, aim), mask)
@@ -132,13 +127,6 @@ class DMAE:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
         yield "student", self.pair.parts(nets, batch, clock.progress) if clock.stage else self.masked(nets, batch)
-
-
-def unseen(told: Tensor, pictures: Tensor, shown: Tensor) -> Tensor:
-    """Mean squared error of the pixels [B, patches, P] told of hidden patches: [B]."""
-    told, wanted = pair(told, patchify(pictures, round(told.shape[1] ** 0.5)))
-    error, dark = (told - wanted).square().mean(2), covered(shown, told.shape[1])
-    return (error * dark).sum(1) / dark.sum(1)
 
 
 def apart(student: Tensor, teacher: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import per_example
 from limbeck.core.loop import Clock, Stage, Turn
-from limbeck.core.masked import Decoder, covered, draw, only, patchify, sides
+from limbeck.core.masked import Decoder, check_decoder, draw, masked_first, only, patchify, sides, unseen
 from limbeck.core.maths import pair, upcast
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.pair import Pair, parse_all
@@ -69,10 +69,7 @@ class DMJD:
         require(0 < self.hidden < 1, "hidden", self.hidden, "in (0, 1)")
         require(self.hidden <= self.predicted <= 1, "predicted", self.predicted, f"in [{self.hidden}, 1]")
         require(0 < self.share < 1, "share", self.share, "in (0, 1)")
-        for name in ("decoder_width", "decoder_depth", "decoder_heads"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        fits = self.decoder_width % self.decoder_heads == 0
-        require(fits, "decoder_width", self.decoder_width, f"a multiple of {self.decoder_heads} heads")
+        check_decoder(self.decoder_width, self.decoder_depth, self.decoder_heads)
 
     @cached_property
     def pair(self) -> Pair:
@@ -91,11 +88,7 @@ class DMJD:
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """Masked pictures, then whole ones."""
-        before = min(steps - 1, max(1, round(self.share * steps)))
-        nets.companions["student"] = ["pretext"]
-        yield Stage(before, "masked", until=self.share, validated=False)
-        nets.companions["student"] = ["losses"]
-        yield Stage(steps - before, "whole")
+        yield from masked_first(nets, self.share, steps)
 
     def targets(self, nets: Nets, batch: Batch, side: int) -> Tensor:
         """What is to be told of every patch: [B, side * side, D]."""
@@ -134,13 +127,6 @@ def disjoint(order: Tensor, hidden: float, predicted: float) -> tuple[Tensor, Te
     kept = min(patches - 1, max(1, int(patches * (1 - hidden))))
     other = min(kept, patches - kept, int(min(predicted - hidden, hidden) * patches))
     return order[:, :kept], torch.cat([order[:, other:kept], order[:, kept : kept + other]], 1)
-
-
-def unseen(told: Tensor, targets: Tensor, shown: Tensor) -> Tensor:
-    """Mean squared error of targets [B, patches, D] at patches that are not shown: [B]."""
-    told, targets = pair(told, targets)
-    error, dark = (told - targets).square().mean(2), covered(shown, told.shape[1])
-    return (error * dark).sum(1) / dark.sum(1)
 
 
 def visible(told: Tensor, targets: Tensor, shown: Tensor) -> Tensor:

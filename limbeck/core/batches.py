@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from limbeck.core.augment import Augment, build
 from limbeck.core.errors import BadInput
 
-__all__ = ["Batch", "Batches", "Splits", "Stream", "Table", "Tokenizer", "epoch", "generator", "split"]
+__all__ = ["Batch", "Batches", "Enriched", "Splits", "Stream", "Table", "Tokenizer", "epoch", "generator", "split"]
 
 Batch = dict[str, Tensor]
 Kind = Literal["images", "tokens", "vectors", "rows"]
@@ -296,6 +296,42 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = int(state["position"])
+
+
+class Enriched:
+    """The batches of a table, each with more than the table holds; a subclass says with what, in `__next__`."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    @property
+    def examples(self) -> int:
+        """Examples in all."""
+        return len(self.batches.table)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the examples."""
+        return self.batches.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The pass that the next batch belongs to."""
+        return self.batches.epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.batches.load_state_dict(state)
 
 
 def epoch(table: Table, batch_size: int) -> Iterator[Batch]:

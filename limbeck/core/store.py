@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from limbeck.core.augment import Augment, build
-from limbeck.core.batches import Batches, Table, epoch, generator
+from limbeck.core.batches import Batches, Enriched, Table, epoch, generator
 from limbeck.core.card import require
 from limbeck.core.checkpoint import fingerprint
 from limbeck.core.errors import BadInput, LimbeckError, nearest
@@ -505,7 +505,7 @@ class Store:
         return out
 
 
-class StoredBatches:
+class StoredBatches(Enriched):
     """The batches of a table, each example in a stored view and with what the teacher said of that very view.
 
     batches: plain ones: an augmentation of their own would show the student something else than the teacher saw.
@@ -521,22 +521,8 @@ class StoredBatches:
         if (have := len(batches.table)) != store.examples:
             raise BadInput(f"the store {store.folder} holds {store.examples} examples, {batches.table.name} has {have}")
         require(1 <= crops <= store.views, "crops", crops, f"between 1 and the {store.views} stored views")
-        self.batches, self.store, self.crops, self.seed = batches, store, crops, seed
-
-    @property
-    def examples(self) -> int:
-        """Examples in all."""
-        return self.store.examples
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in one pass over the examples."""
-        return self.batches.steps_per_epoch
-
-    @property
-    def epoch(self) -> int:
-        """The pass that the next batch belongs to."""
-        return self.batches.epoch
+        super().__init__(batches)
+        self.store, self.crops, self.seed = store, crops, seed
 
     def views(self, index: Tensor, epoch: int) -> Tensor:
         """Which views of the examples [B] are shown in an epoch: [B, crops]."""
@@ -546,9 +532,6 @@ class StoredBatches:
             order = mixed(self.seed, round_, index.numpy()[:, None], np.arange(total)[None]).argsort(1, kind="stable")
             columns.append(torch.from_numpy(order[:, place]))
         return torch.stack(columns, 1)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         epoch = self.batches.epoch
@@ -560,11 +543,3 @@ class StoredBatches:
         if self.store.augment is not None:
             batch["inputs"] = self.store.augment.apply(batch["inputs"], batch["draw"])
         return batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.batches.load_state_dict(state)

@@ -1,10 +1,8 @@
 """Training batches that bring what the teacher said of them."""
 
-from collections.abc import Iterator
-
 import torch
 
-from limbeck.core.batches import Batches
+from limbeck.core.batches import Batches, Enriched
 from limbeck.core.nets import Batch
 from limbeck.core.signals.kinds import Embedding
 from limbeck.core.signals.reading import SignalStore
@@ -12,7 +10,7 @@ from limbeck.core.signals.reading import SignalStore
 __all__ = ["SignalBatches"]
 
 
-class SignalBatches:
+class SignalBatches(Enriched):
     """Batches of a language table with what the teacher said at each of their positions.
 
     batches: of any order, size and rank. A batch that brings "document" and "place" [B, T] is read by these (packed
@@ -21,25 +19,8 @@ class SignalBatches:
     """
 
     def __init__(self, batches: Batches, store: SignalStore) -> None:
-        self.batches, self.store = batches, store
-
-    @property
-    def examples(self) -> int:
-        """Examples in all."""
-        return len(self.batches.table)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in one pass over the examples."""
-        return self.batches.steps_per_epoch
-
-    @property
-    def epoch(self) -> int:
-        """The pass that the next batch belongs to."""
-        return self.batches.epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+        super().__init__(batches)
+        self.store = store
 
     def __next__(self) -> Batch:
         batch = next(self.batches)
@@ -53,11 +34,3 @@ class SignalBatches:
         if "mask" in batch:
             document = torch.where(batch["mask"].bool().cpu(), document.cpu(), -1)
         return batch | self.store.read(document, place)
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.batches.load_state_dict(state)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -15,7 +15,8 @@ class Card:
     code: official code as 'owner/repo@commit:path', or ''. differs: where this departs from paper or code.
     row: catalogue keys that the method fulfils (the file stem when empty). variant_of: the method it varies.
     zero_at_match: the loss is exactly 0 when student equals teacher. exact_accumulation: two half-batches give the
-    gradient of one. exceptions: conformance check -> reason why it cannot hold; shown in the catalogue.
+    gradient of one. exceptions: conformance check -> reason why it cannot hold; shown in the catalogue. head: for a
+    loss of vocabulary logits, (*, its knobs) -> `core.headloss.Term`, the same from hidden states, without logits.
     """
 
     paper: str
@@ -28,6 +29,7 @@ class Card:
     zero_at_match: bool = False
     exact_accumulation: bool = False
     exceptions: dict[str, str] = field(default_factory=dict)
+    head: Callable[..., Any] | None = None
 
 
 class Carded(Protocol):
@@ -49,11 +51,12 @@ def method(
     zero_at_match: bool = False,
     exact_accumulation: bool = False,
     exceptions: dict[str, str] | None = None,
+    head: Callable[..., Any] | None = None,
 ) -> Callable[[T], T]:
     """Attach a `Card` to a function or class as `.card`."""
     rows = (row,) if isinstance(row, str) else row
     made = Card(
-        paper, year, arxiv, code, differs, rows, variant_of, zero_at_match, exact_accumulation, exceptions or {}
+        paper, year, arxiv, code, differs, rows, variant_of, zero_at_match, exact_accumulation, exceptions or {}, head
     )
 
     def attach(thing: T) -> T:

@@ -13,13 +13,25 @@ from limbeck.core.taps import Taps, untap, unwrap
 
 Batch = dict[str, Any]
 
+# What a batch holds of a text in the teacher's own tokens, where it has another tokenizer than the student.
+RETOLD = ("inputs", "labels", "mask", "attention_mask", "spans")
+
+
+def retold(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch as the teacher reads it: in the tokens of its own tokenizer where it has one, else the same."""
+    if "teacher_inputs" not in batch:
+        return batch
+    rest = {k: v for k, v in batch.items() if k not in RETOLD}
+    return rest | {k: batch[f"teacher_{k}"] for k in RETOLD if f"teacher_{k}" in batch}
+
 
 def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Run a network on a batch and name what it returns: {"logits": ..., "feats": [...], ...}, without prefix.
 
     A tensor is taken as logits, a mapping as named tensors. A module that lists `reads = ("inputs", "edges")` gets
-    those entries of the batch; a transformers model gets its main input and the attention mask, and gives its attention
-    maps when its configuration says `output_attentions`; others get `inputs`.
+    those entries of the batch; a transformers model gets its main input and the attention mask, and gives its hidden
+    states, its head and embedding and, when its configuration says `output_attentions`, its attention maps; others get
+    `inputs`.
     """
     inner: Any = unwrap(module)
     reads = getattr(inner, "reads", None)
@@ -37,7 +49,8 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {"logits": out}
     if hasattr(out, "hidden_states") and out.hidden_states is not None:
         hidden = list(out.hidden_states)
-        told = {"feats": hidden[1:], "hidden": hidden[-1]}
+        told: dict[str, Any] = {"tokens": hidden[0], "feats": hidden[1:], "hidden": hidden[-1]}
+        told |= heads(inner)
         if getattr(out, "logits", None) is not None:
             told["logits"] = out.logits
         if getattr(out, "attentions", None):
@@ -51,6 +64,19 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         f"{type(inner).__name__} returns {type(out).__name__}; a network must return a tensor of logits or a dict of "
         "named tensors such as {'logits': ..., 'feats': [...]}"
     )
+
+
+def heads(model: Any) -> dict[str, Tensor]:
+    """Token embedding and vocabulary head of a transformers model, by name; without a head where it has none."""
+    found: dict[str, Tensor] = {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is not None:
+        found["embedding"] = embedding.weight
+    if head is not None:
+        found["head"] = head.weight
+        if getattr(head, "bias", None) is not None:
+            found["head_bias"] = head.bias
+    return found
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -204,7 +230,7 @@ class Nets:
         """
         grad = torch.is_grad_enabled() and (through or not self.is_frozen(player))
         with torch.set_grad_enabled(grad):
-            out = outputs(self.find(player), batch)
+            out = outputs(self.find(player), retold(batch) if player.startswith("teacher") else batch)
         if player in self.taps:
             out |= self.taps[player].read()
         return out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput
 from limbeck.core.match import Match, parse
-from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.nets import RETOLD, Batch, Nets, evaluating
 from limbeck.core.reduce import Part
 
 
@@ -34,14 +34,19 @@ class Pair:
 
     def gather(self, nets: Nets, batch: Batch) -> dict[str, Any]:
         """Everything that losses may ask for, by name; the teacher speaks in eval mode and without gradient."""
-        stored = self.teacher == "teacher" and any(k.startswith("teacher_") for k in batch)
-        have = {k: v for k, v in batch.items() if stored or not k.startswith("teacher_")}
+        said = {k for k in batch if k.startswith("teacher_") and k.removeprefix("teacher_") not in RETOLD}
+        stored = self.teacher == "teacher" and bool(said)
+        have = {k: v for k, v in batch.items() if stored or k not in said}
         if self.uses_teacher and not stored:  # first: later its activations would come on top of the student's graph
             if not self.teacher or self.teacher.split(".")[0] not in nets:
                 raise BadInput("a loss asks for the teacher, but there is neither a teacher nor a store of its signals")
             with torch.no_grad():
                 have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch).items()}
-        return have | {f"student_{k}": v for k, v in nets.run(self.learner, batch).items()}
+        have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch).items()}
+        for side in ("student", "teacher"):  # losses for two vocabularies ask by another name, as they may differ
+            if f"{side}_logits" in have:
+                have[f"{side}_vocab_logits"] = have[f"{side}_logits"]
+        return have
 
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""

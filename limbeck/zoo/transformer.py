@@ -104,8 +104,9 @@ def _start(module: nn.Module) -> None:
 class LanguageModel(nn.Module):
     """GPT-like: each place sees itself and what came before, and its logits are of the next token.
 
-    Returns logits [B, T, V], feats (after each block [B, T, D]), hidden [B, T, D] before the head, head [V, D], and
-    `TOLD` when asked for. `length` is the longest text it can read; None with rotary positions, which have no end.
+    Returns logits [B, T, V], tokens [B, T, D] before the first block, feats (after each block [B, T, D]), hidden
+    [B, T, D] before the head, head and embedding [V, D], and `TOLD` when asked for. `length` is the longest text it can
+    read; None with rotary positions, which have no end.
     """
 
     def __init__(
@@ -126,9 +127,10 @@ class LanguageModel(nn.Module):
         x = self.embed(inputs)
         if self.places is not None:
             x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
-        x, seen = _through(self.blocks, x)
+        tokens, (x, seen) = x, _through(self.blocks, x)
         hidden = self.norm(x)
-        return {**seen, "logits": self.head(hidden), "hidden": hidden, "head": self.head.weight}
+        told = {"logits": self.head(hidden), "hidden": hidden, "head": self.head.weight}
+        return {**seen, **told, "tokens": tokens, "embedding": self.embed.weight}
 
 
 def tiny_lm(

@@ -1,6 +1,7 @@
 """Named networks. Whoever a method yields is trained; everyone else stays bit for bit the same."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +26,13 @@ def retold(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {k: batch[f"teacher_{k}"] for k in RETOLD if f"teacher_{k}" in batch}
 
 
-def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def outputs(module: nn.Module, batch: Mapping[str, Any], *, logits: bool = True) -> dict[str, Any]:
     """Run a network on a batch and name what it returns: {"logits": ..., "feats": [...], ...}, without prefix.
 
     A tensor is taken as logits, a mapping as named tensors. A module that lists `reads = ("inputs", "edges")` gets
     those entries of the batch; a transformers model gets its main input and the attention mask, and gives its hidden
     states, its head and embedding and, when its configuration says `output_attentions`, its attention maps; others get
-    `inputs`.
+    `inputs`. logits: False spares a language model those over its vocabulary, where it can do without.
     """
     inner: Any = unwrap(module)
     reads = getattr(inner, "reads", None)
@@ -42,16 +43,18 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         asked = {str(inner.main_input_name): batch["inputs"], "output_hidden_states": True}
         if "attention_mask" in batch:
             asked["attention_mask"] = batch["attention_mask"]
+        if not logits:
+            asked["logits_to_keep"] = 1
         out = module(**asked)
     else:
-        out = module(batch["inputs"])
+        out = module(batch["inputs"]) if logits else module(batch["inputs"], logits=False)
     if isinstance(out, Tensor):
         return {"logits": out}
     if hasattr(out, "hidden_states") and out.hidden_states is not None:
         hidden = list(out.hidden_states)
         told: dict[str, Any] = {"tokens": hidden[0], "feats": hidden[1:], "hidden": hidden[-1]}
         told |= heads(inner)
-        if getattr(out, "logits", None) is not None:
+        if logits and getattr(out, "logits", None) is not None:
             told["logits"] = out.logits
         if getattr(out, "attentions", None):
             told["attn"] = list(out.attentions)
@@ -66,16 +69,37 @@ def outputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def heads(model: Any) -> dict[str, Tensor]:
-    """Token embedding and vocabulary head of a transformers model, by name; without a head where it has none."""
-    found: dict[str, Tensor] = {}
+def can_spare_logits(module: nn.Module) -> bool:
+    """Whether a language model can be asked for its hidden states without its logits."""
+    inner: Any = unwrap(module)
+    asked = getattr(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, "forward", None)
+    known = inspect.signature(asked).parameters if asked is not None else {}
+    return "logits_to_keep" in known or "logits" in known
+
+
+def heads(model: Any) -> dict[str, Any]:
+    """Token embedding and vocabulary head of a transformers model, by name; without a head where it has none.
+
+    head [V, D], head_bias [V], head_scale and head_softcap (numbers), head_lora: (A, B, s) of an adapter on the head.
+    """
+    found: dict[str, Any] = {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is not None:
         found["embedding"] = embedding.weight
-    if head is not None:
-        found["head"] = head.weight
-        if getattr(head, "bias", None) is not None:
-            found["head_bias"] = head.bias
+    if head is None:
+        return found
+    found["head"] = head.weight
+    if getattr(head, "bias", None) is not None:
+        found["head_bias"] = head.bias
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    if scale != 1:
+        found["head_scale"] = float(scale)
+    if getattr(config, "final_logit_softcapping", None):
+        found["head_softcap"] = float(config.final_logit_softcapping)
+    for name in getattr(head, "active_adapters", ()):
+        if name in getattr(head, "lora_A", ()):
+            found["head_lora"] = head.lora_A[name].weight, head.lora_B[name].weight, float(head.scaling[name])
     return found
 
 
@@ -128,7 +152,7 @@ class Nets:
     frozen: players that are in eval mode, ask for no gradient and run under no_grad in `run`, such as "fake" or
     "assistants.0"; every name that starts with "teacher" is frozen from the start. companions: player -> others whose
     parameters train with it (the projectors of losses). factories: name -> how to build a fresh, randomly initialised
-    network. taps: player -> Taps.
+    network. taps: player -> Taps. heads: players whose logits can be made from their hidden states and head.
     """
 
     modules: dict[str, nn.Module]
@@ -136,16 +160,17 @@ class Nets:
     companions: dict[str, list[str]]
     factories: dict[str, Callable[[], nn.Module]]
     taps: dict[str, Taps]
+    heads: set[str]
     device: torch.device
 
     _known: Any
     _modes: list[tuple[nn.Module, bool]]
 
-    _OWN = frozenset({"modules", "frozen", "companions", "factories", "taps", "device", "_known", "_modes"})
+    _OWN = frozenset({"modules", "frozen", "companions", "factories", "taps", "heads", "device", "_known", "_modes"})
 
     def __init__(self, **modules: nn.Module) -> None:
         self.modules, self.frozen, self.companions, self.factories, self.taps = {}, set(), {}, {}, {}
-        self.device = torch.device("cpu")
+        self.heads, self.device = set(), torch.device("cpu")
         self._known, self._modes = None, []
         for name, module in modules.items():
             setattr(self, name, module)
@@ -223,14 +248,18 @@ class Nets:
         setattr(self, name, fresh)
         self.freeze(to)
 
-    def run(self, player: str, batch: Mapping[str, Any], *, through: bool = False) -> dict[str, Any]:
+    def run(
+        self, player: str, batch: Mapping[str, Any], *, through: bool = False, logits: bool = True
+    ) -> dict[str, Any]:
         """Outputs of a network on a batch, with its taps, by name and without prefix; no gradient when frozen.
 
         through: let the gradient flow through a frozen network to what it is given, such as a generator's images.
+        logits: False spares those over a vocabulary, where the network can do without.
         """
         grad = torch.is_grad_enabled() and (through or not self.is_frozen(player))
         with torch.set_grad_enabled(grad):
-            out = outputs(self.find(player), retold(batch) if player.startswith("teacher") else batch)
+            seen = retold(batch) if player.startswith("teacher") else batch
+            out = outputs(self.find(player), seen, logits=logits)
         if player in self.taps:
             out |= self.taps[player].read()
         return out

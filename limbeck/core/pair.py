@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput
+from limbeck.core.headloss import route
 from limbeck.core.match import Match, parse
 from limbeck.core.nets import RETOLD, Batch, Nets, evaluating
 from limbeck.core.reduce import Part
@@ -32,17 +33,30 @@ class Pair:
         """Whether any loss asks for what only a teacher can say."""
         return any(name.startswith("teacher_") for m in self.matches for name in m.needs)
 
-    def gather(self, nets: Nets, batch: Batch) -> dict[str, Any]:
-        """Everything that losses may ask for, by name; the teacher speaks in eval mode and without gradient."""
+    def without_logits(self, nets: Nets, batch: Batch) -> bool:
+        """Whether the losses are computed from hidden states and heads: `build` has found that it can be done."""
+        if self.learner not in nets.heads or not route.has_head_form(self.matches):
+            return False
+        return not self.uses_teacher or self.teacher in nets.heads or self._stored(batch) != set()
+
+    def _stored(self, batch: Batch) -> set[str]:
+        """What the batch says for the teacher."""
         said = {k for k in batch if k.startswith("teacher_") and k.removeprefix("teacher_") not in RETOLD}
-        stored = self.teacher == "teacher" and bool(said)
-        have = {k: v for k, v in batch.items() if stored or k not in said}
+        return said if self.teacher == "teacher" else set()
+
+    def gather(self, nets: Nets, batch: Batch, *, logits: bool = True) -> dict[str, Any]:
+        """Everything that losses may ask for, by name; the teacher speaks in eval mode and without gradient.
+
+        logits: False spares a vocabulary's logits, where a network can do without.
+        """
+        stored = bool(self._stored(batch))
+        have = {k: v for k, v in batch.items() if stored or not k.startswith("teacher_") or k[8:] in RETOLD}
         if self.uses_teacher and not stored:  # first: later its activations would come on top of the student's graph
             if not self.teacher or self.teacher.split(".")[0] not in nets:
                 raise BadInput("a loss asks for the teacher, but there is neither a teacher nor a store of its signals")
             with torch.no_grad():
-                have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch).items()}
-        have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch).items()}
+                have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch, logits=logits).items()}
+        have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch, logits=logits).items()}
         for side in ("student", "teacher"):  # losses for two vocabularies ask by another name, as they may differ
             if f"{side}_logits" in have:
                 have[f"{side}_vocab_logits"] = have[f"{side}_logits"]
@@ -51,6 +65,11 @@ class Pair:
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
         with torch.no_grad(), evaluating(*nets.modules.values()):  # so that no statistics move
+            if route.has_head_form(self.matches):
+                nets.heads |= {p for p in (self.learner, self.teacher) if route.has_head(nets, p, probe)}
+            if self.without_logits(nets, probe):
+                self.parts(nets, probe, 0.0)
+                return nn.ModuleDict()
             have = self.gather(nets, probe)
             shapes = {name: shape(value) for name, value in have.items()}
             if "index" in probe:
@@ -63,6 +82,8 @@ class Pair:
 
     def parts(self, nets: Nets, batch: Batch, progress: float) -> dict[str, Part]:
         """The weighted mean of every loss, by name."""
+        if self.without_logits(nets, batch):
+            return route.parts(self.matches, self.gather(nets, batch, logits=False), progress)
         have = {**self.gather(nets, batch), "progress": progress}
         owned: Any = nets.find(self.losses) if any(m.is_module for m in self.matches) else {}
         return {m.name: m.part(have, progress, owned[m.name] if m.is_module else None) for m in self.matches}
@@ -88,7 +109,7 @@ def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:
 def shape(value: Any) -> Any:
     """The shape of a tensor, or those of a list of tensors; () for anything else."""
     if isinstance(value, (list, tuple)):
-        return [tuple(v.shape) for v in value]
+        return [shape(v) for v in value]
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 

@@ -123,14 +123,15 @@ class LanguageModel(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, inputs: Tensor) -> dict[str, Any]:
+    def forward(self, inputs: Tensor, *, logits: bool = True) -> dict[str, Any]:
         x = self.embed(inputs)
         if self.places is not None:
             x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
         tokens, (x, seen) = x, _through(self.blocks, x)
         hidden = self.norm(x)
-        told = {"logits": self.head(hidden), "hidden": hidden, "head": self.head.weight}
-        return {**seen, **told, "tokens": tokens, "embedding": self.embed.weight}
+        told = {"logits": self.head(hidden)} if logits else {}
+        told |= {"hidden": hidden, "head": self.head.weight, "embedding": self.embed.weight}
+        return {**seen, **told, "tokens": tokens}
 
 
 def tiny_lm(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method
+from limbeck.core.headloss import Term, divergences
 from limbeck.core.maths import FLOOR, pair
 
 
@@ -15,6 +16,7 @@ from limbeck.core.maths import FLOOR, pair
     differs="weights of a tempered proposal stay unnormalised, so that they are unbiased too",
     row="rs_kd",
     variant_of="forward_kl",
+    head=lambda: Term(divergences.cross_entropy),
 )
 def sampled_kl(student_logits: Tensor, teacher_ids: Tensor, teacher_weights: Tensor) -> Tensor:
     """- sum_k w_k log softmax(student)[id_k] at each place.  [..., V], [..., K], [..., K] -> [...]

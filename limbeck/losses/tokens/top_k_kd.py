@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method
+from limbeck.core.headloss import Term, divergences
 from limbeck.core.maths import FLOOR, kl_logprobs, pair
 
 
@@ -14,6 +15,7 @@ from limbeck.core.maths import FLOOR, kl_logprobs, pair
     differs="the mass of the student's tail is summed over the tail, not taken as 1 minus the head, which would "
     "lose it in rounding",
     variant_of="forward_kl",
+    head=lambda: Term(divergences.forward_kl),
 )
 def top_k_kd(
     student_logits: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, teacher_tail: Tensor | None = None

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from limbeck.adapters.trainer import DistillationTrainer
     from limbeck.api import condense, shape, shorten, teach
     from limbeck.core.find import get, knobs, names, needs
     from limbeck.recipe import Recipe
@@ -17,9 +18,23 @@ if TYPE_CHECKING:
     from limbeck.verbs.result import Result
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "condense", "get", "knobs", "names", "needs", "run", "shape", "shorten", "teach"]
+__all__ = [
+    "DistillationTrainer",
+    "Recipe",
+    "Result",
+    "condense",
+    "get",
+    "knobs",
+    "names",
+    "needs",
+    "run",
+    "shape",
+    "shorten",
+    "teach",
+]
 
 _WHERE = {
+    "DistillationTrainer": "limbeck.adapters.trainer",
     "teach": "limbeck.api",
     "condense": "limbeck.api",
     "shorten": "limbeck.api",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from limbeck.adapters.words import Pretrained
 from limbeck.core.errors import BadInput, LimbeckError, MissingExtra, nearest
 from limbeck.core.nets import outputs
 from limbeck.core.sampler import Denoiser, clean_grid, sample
@@ -194,6 +195,10 @@ def _hf(student: _Student, out: Path) -> str:
         kind = type(module).__name__
         raise BadInput(f"{kind} is no transformers model, so it has no `hf` form; export safetensors, torch or onnx")
     module.save_pretrained(out)
+    named = student.recipe().data if (student.run / "recipe.yaml").exists() else None
+    tokenizer = named.options.get("tokenizer") if named is not None else None
+    if isinstance(tokenizer, str) and ("/" in tokenizer or Path(tokenizer).exists()):
+        Pretrained(tokenizer).inner.save_pretrained(out)
     return ""
 
 

@@ -41,11 +41,15 @@ def outputs(module: nn.Module, batch: Mapping[str, Any], *, logits: bool = True)
         out = module(*[batch[name] for name in reads])
     elif config is not None and hasattr(inner, "main_input_name"):
         asked = {str(inner.main_input_name): batch["inputs"], "output_hidden_states": True}
-        if "attention_mask" in batch:
+        if "segments" in batch:
+            asked |= apart(batch["segments"])
+        elif "attention_mask" in batch:
             asked["attention_mask"] = batch["attention_mask"]
         if not logits:
             asked["logits_to_keep"] = 1
         out = module(**asked)
+    elif "segments" in batch:
+        raise BadInput(f"{type(inner).__name__} cannot keep texts that share a row apart; leave `pack` out of the data")
     else:
         out = module(batch["inputs"]) if logits else module(batch["inputs"], logits=False)
     if isinstance(out, Tensor):
@@ -67,6 +71,18 @@ def outputs(module: nn.Module, batch: Mapping[str, Any], *, logits: bool = True)
         f"{type(inner).__name__} returns {type(out).__name__}; a network must return a tensor of logits or a dict of "
         "named tensors such as {'logits': ..., 'feats': [...]}"
     )
+
+
+def apart(segments: Tensor) -> dict[str, Tensor]:
+    """What keeps the texts of a row from seeing one another: attention_mask [B, 1, T, T], True where the place may be
+    looked at, and position_ids [B, T] that begin anew with each text. segments [B, T]: see core/names."""
+    t = segments.shape[1]
+    place = torch.arange(t, device=segments.device)
+    same = segments[:, :, None] == segments[:, None, :]
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = torch.where(begins, place, 0).cummax(1).values
+    return {"attention_mask": (same & (place[:, None] >= place)).unsqueeze(1), "position_ids": place - start}
 
 
 def can_spare_logits(module: nn.Module) -> bool:
@@ -152,7 +168,7 @@ class Nets:
     frozen: players that are in eval mode, ask for no gradient and run under no_grad in `run`, such as "fake" or
     "assistants.0"; every name that starts with "teacher" is frozen from the start. companions: player -> others whose
     parameters train with it (the projectors of losses). factories: name -> how to build a fresh, randomly initialised
-    network. taps: player -> Taps. heads: players whose logits can be made from their hidden states and head.
+    network. taps: player -> Taps. logit_free: players whose logits can be made from their hidden states and head.
     """
 
     modules: dict[str, nn.Module]
@@ -160,17 +176,19 @@ class Nets:
     companions: dict[str, list[str]]
     factories: dict[str, Callable[[], nn.Module]]
     taps: dict[str, Taps]
-    heads: set[str]
+    logit_free: set[str]
     device: torch.device
 
     _known: Any
     _modes: list[tuple[nn.Module, bool]]
 
-    _OWN = frozenset({"modules", "frozen", "companions", "factories", "taps", "heads", "device", "_known", "_modes"})
+    _OWN = frozenset(
+        {"modules", "frozen", "companions", "factories", "taps", "logit_free", "device", "_known", "_modes"}
+    )
 
     def __init__(self, **modules: nn.Module) -> None:
         self.modules, self.frozen, self.companions, self.factories, self.taps = {}, set(), {}, {}, {}
-        self.heads, self.device = set(), torch.device("cpu")
+        self.logit_free, self.device = set(), torch.device("cpu")
         self._known, self._modes = None, []
         for name, module in modules.items():
             setattr(self, name, module)

@@ -35,9 +35,9 @@ class Pair:
 
     def without_logits(self, nets: Nets, batch: Batch) -> bool:
         """Whether the losses are computed from hidden states and heads: `build` has found that it can be done."""
-        if self.learner not in nets.heads or not route.has_head_form(self.matches):
+        if self.learner not in nets.logit_free or not route.has_head_form(self.matches):
             return False
-        return not self.uses_teacher or self.teacher in nets.heads or self._stored(batch) != set()
+        return not self.uses_teacher or self.teacher in nets.logit_free or self._stored(batch) != set()
 
     def _stored(self, batch: Batch) -> set[str]:
         """What the batch says for the teacher."""
@@ -66,7 +66,7 @@ class Pair:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
         with torch.no_grad(), evaluating(*nets.modules.values()):  # so that no statistics move
             if route.has_head_form(self.matches):
-                nets.heads |= {p for p in (self.learner, self.teacher) if route.has_head(nets, p, probe)}
+                nets.logit_free |= {p for p in (self.learner, self.teacher) if route.has_head(nets, p, probe)}
             if self.without_logits(nets, probe):
                 self.parts(nets, probe, 0.0)
                 return nn.ModuleDict()

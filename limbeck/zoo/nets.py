@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from limbeck.core import knobs
 from limbeck.core.errors import BadInput, MissingExtra, nearest
 from limbeck.core.graft import Grafted
 from limbeck.core.sampler import Denoiser
+from limbeck.shape.layers.layer_choice import layer_choice
 from limbeck.zoo.convnet import convnet, mlp
 from limbeck.zoo.denoise import denoiser_mlp, generator, unet
+from limbeck.zoo.lora import adapted
 from limbeck.zoo.resnet import resnet, wrn
 from limbeck.zoo.text import bag, text_cnn
 from limbeck.zoo.transformer import text_encoder, tiny_lm, vit_tiny
@@ -135,7 +137,13 @@ def _timm(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Modu
 
 
 def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Module:
-    """A model of the transformers library with its weights: of causal language, text classes or picture classes."""
+    """A model of the transformers library with its weights: of causal language, text classes or picture classes.
+
+    keep: only that many of its layers, spread evenly from the first to the last, or those of the indices given. lora:
+    train low-rank adapters alone; options as `zoo.lora.adapted` has them. Others go to `from_pretrained`.
+    """
+    options = dict(given)
+    keep, lora = options.pop("keep", None), options.pop("lora", None)
     try:
         import transformers
     except ImportError:
@@ -147,10 +155,21 @@ def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) ->
         kind = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
         facts = {"num_labels": known["classes"]} if "classes" in known else {}
     try:
-        module: nn.Module = kind.from_pretrained(name, **facts | given)
+        module: nn.Module = kind.from_pretrained(name, **facts | options)
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"hf:{name} cannot be loaded: {(str(error).splitlines() or ['?'])[0]}") from None
-    return module
+    module = module if keep is None else layer_choice(module, keep=_spread(keep, module))
+    return module if lora is None else adapted(module, lora)
+
+
+def _spread(keep: int | Sequence[int], module: Any) -> list[int]:
+    """Indices of so many layers, from the first to the last."""
+    layers = int(module.config.num_hidden_layers)
+    if not isinstance(keep, int):
+        return list(keep)
+    if not 1 < keep < layers:
+        raise BadInput(f"`keep` must be in [2, {layers - 1}] of {layers} layers, got {keep}")
+    return [round(i * (layers - 1) / (keep - 1)) for i in range(keep)]
 
 
 def _own(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Module:

@@ -133,7 +133,7 @@ def test_a_network_whose_logits_are_something_else_keeps_them(monkeypatch: pytes
     nets, data = Nets(student=Louder(), teacher=zoo(16)), batch()
     pair = Pair("student", "teacher", parse_all([soft]))
     pair.build(nets, data)
-    assert nets.heads == {"teacher"} and not pair.without_logits(nets, data)
+    assert nets.logit_free == {"teacher"} and not pair.without_logits(nets, data)
 
 
 def test_logits_are_spared() -> None:

@@ -40,7 +40,7 @@ def has_head(nets: Nets, player: str, probe: Batch) -> bool:
     """Whether a large vocabulary's logits of a player can be made from its hidden states and head: tried on a few."""
     if not player or player.split(".")[0] not in nets or not can_spare_logits(nets.find(player)):
         return False
-    few = {k: v[:1, :8] for k, v in probe.items() if k in ("inputs", "attention_mask")}
+    few = {k: v[:1, :8] for k, v in probe.items() if k in ("inputs", "attention_mask", "segments")}
     with torch.no_grad():
         have = {f"student_{k}": v for k, v in nets.run(player, few).items()}
     head = head_of(have, "student")

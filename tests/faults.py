@@ -60,12 +60,25 @@ def _faults() -> Iterator[Fault]:
     yield _fault("the loss takes its own sum", kd, both, f"{both}.sum()")
     yield _fault("forward KL turned round", "losses/logits/forward_kl.py", "* maths.kl(", "* maths.reverse_kl(")
     yield _fault("reverse KL turned round", "losses/logits/reverse_kl.py", "* maths.reverse_kl(", "* maths.kl(")
-    yield _fault("T**2 dropped in dkd", dkd, "return temperature**2 * (", "return (")
-    weighed = "alpha * is_it_the_label + beta * which_of_the_others"
-    yield _fault("alpha and beta exchanged", dkd, weighed, "beta * is_it_the_label + alpha * which_of_the_others")
+    weighed = "temperature**2 * alpha, temperature**2 * beta"
+    yield _fault("T**2 dropped in dkd", dkd, weighed, "alpha, beta")
+    yield _fault("alpha and beta exchanged", dkd, weighed, "temperature**2 * beta, temperature**2 * alpha")
     yield _fault("dkd's teacher not detached", dkd, "teacher_logits.detach()", "teacher_logits")
-    summed = "rest.logsumexp(-1, keepdim=True)"
-    yield _fault("log of summed exponentials", dkd, summed, "rest.exp().sum(-1, keepdim=True).log()")
+    term = "Term(divergences.forward_kl, temperature, temperature**2)"
+    yield _fault("the head form forgets T**2", kd, term, "Term(divergences.forward_kl, temperature)")
+    yield _fault(
+        "the target's share exchanged", "losses/tokens/skew_kl.py", "alpha, temperature)", "1 - alpha, temperature)"
+    )
+    yield _fault("t of TAID steps back", "losses/tokens/taid.py", "(self.t + stride)", "(self.t - stride)")
+    summed = "others.logsumexp(-1, keepdim=True)"
+    yield _fault(
+        "log of summed exponentials", "core/maths.py", summed, "others.exp().sum(-1, keepdim=True).log()", "dkd"
+    )
+    shared = "torch.addcmul(to_each, q[..., :classes], to_all)"
+    yield _fault("the others do not feel the label's loss", "core/maths.py", shared, "to_each.clone()", "dkd")
+    again = "torch.autograd.grad(plain, student, grad, create_graph=True)"
+    once = "torch.autograd.grad(plain, student, grad)"
+    yield _fault("dkd cannot be differentiated twice", "core/maths.py", again, once, "tests/core/test_maths.py")
     responses = "core/responses.py"
     later = "(place >= labels.unsqueeze(-1))"
     yield _fault("the label among the others", responses, later, later.replace(">=", ">"), "nkd")
@@ -434,8 +447,8 @@ def _faults() -> Iterator[Fault]:
     yield _fault(
         "shift twice",
         "adapters/words.py",
-        '"labels": line[1:].view(count, length)',
-        '"labels": line[1:].roll(-1).view(count, length)',
+        "return line[..., :-1], line[..., 1:]",
+        "return line[..., :-1], line[..., 1:].roll(-1, -1)",
         "tests/test_data.py",
     )
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from limbeck.conformance import toys
 from limbeck.core.errors import BadInput
+from limbeck.core.features import patches
 from limbeck.core.find import get
 from limbeck.core.layerwise import counted, paired, summed
 from limbeck.core.loop import fit
 from limbeck.losses.features.ofd import margin
 from limbeck.losses.features.reviewkd import hierarchical
-from limbeck.losses.relations.ickd import patches
 from limbeck.train.plain.ft import Factors
 from tests.numbers import FP64, VECTORS, close, made, rand, rotation
 

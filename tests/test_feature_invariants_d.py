@@ -144,9 +144,9 @@ def test_vkd_does_not_see_scale_or_shift_of_the_teacher() -> None:
 def test_vkd_whitens_what_counts() -> None:
     loss = VKD([(40, 3)], [(40, 3)], normalise="whiten")
     teacher, mask = torch.randn(40, 3) @ torch.randn(3, 3), torch.arange(40) < 30
-    from limbeck.losses.features.vkd import _whitened
+    from limbeck.core.maths import whitened
 
-    white = _whitened(teacher, mask)[mask]
+    white = whitened(teacher, mask)[mask]
     alike(white.T @ white / 30, torch.eye(3), atol=1e-3)
     alike(loss([teacher], [teacher], mask)[mask], loss([teacher[mask]], [teacher[mask]]))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,3 +41,11 @@ def step_ahead(module: nn.Module, loss: Tensor, rate: float) -> dict[str, Tensor
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)
     return {name: p if g is None else p - rate * g for (name, p), g in zip(named.items(), grads, strict=True)}
+
+
+def gradient(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Of the loss with respect to every parameter, 0 where there is none; the graph stays."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]

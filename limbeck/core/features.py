@@ -55,6 +55,18 @@ def picture(feature: Tensor) -> Tensor:
     return as_map(feature)
 
 
+def patches(feature: Tensor, grid: int) -> Tensor:
+    """[B, grid^2, C, places in a patch]; the whole feature, of any kind, where grid is 1."""
+    if grid == 1:
+        return tokens(feature).mT.unsqueeze(1)
+    picture = as_map(feature)
+    if picture.shape[2] % grid or picture.shape[3] % grid:
+        raise BadInput(f"`grid` {grid} does not divide a map of {picture.shape[2]} x {picture.shape[3]}")
+    split = picture.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))  # [B, C, grid, h, grid, w]
+    out: Tensor = split.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+    return out
+
+
 def pooled(feature: Tensor, real: Tensor | None = None) -> Tensor:
     """[B, D]: the mean over places; real [B, T]: only over those tokens."""
     places = tokens(feature)

@@ -28,6 +28,11 @@ def paired(student: Sequence[T], teacher: Sequence[T], layers: Sequence[int] = (
     return [(student[i], teacher[j]) for i, j in pairs]
 
 
+def picked(student: Sequence[T], teacher: Sequence[T], layer: int) -> tuple[T, T]:
+    """The feature of either at `layer`, from shallow (0) or deep (-1). Raises BadInput when there is none."""
+    return student[pick("layer", student, layer, "student")], teacher[pick("layer", teacher, layer, "teacher")]
+
+
 def each(error: Tensor) -> Tensor:
     """The mean an example, or a token: maps and vectors [B, ...] -> [B], tokens [B, T, D] -> [B, T]."""
     return error.mean(-1) if error.ndim == 3 else per_example(error)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,10 +25,15 @@ class Match:
     knobs: dict[str, Any]
     weight: Any = 1.0
 
-    @property
+    @cached_property  # asked for in every step, and a signature takes as long to read as a small loss to compute
     def needs(self) -> list[str]:
         """Names that the loss must be given."""
         return find.needs(self.loss)
+
+    @cached_property
+    def wants(self) -> list[str]:
+        """Names that the loss takes when they are there."""
+        return find.wants(self.loss)
 
     @property
     def is_module(self) -> bool:
@@ -48,7 +54,7 @@ class Match:
     def part(self, have: Mapping[str, Any], progress: float, module: nn.Module | None = None) -> Part:
         """The weighted mean of the loss on what is at hand."""
         positional = [pick(self.name, n, have) for n in self.needs]
-        optional = {n: have[n] for n in find.wants(self.loss) if n in have}
+        optional = {n: have[n] for n in self.wants if n in have}
         now = {k: schedule.value(v, progress) for k, v in self.knobs.items()}
         if module is None:
             values: Tensor = self.loss(*positional, **optional, **now)

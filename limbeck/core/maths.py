@@ -60,7 +60,13 @@ def kl_logprobs(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) [...], and q - p [..., C], its gradient to the logits of q.
+    """KL(p || q) [...], and q - p [..., C], its gradient to the logits of q."""
+    terms, difference, _ = _kl_terms(log_p, log_q)
+    return terms.sum(-1).relu(), difference
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What KL(p || q) is the sum of, q - p, and q, all [..., C].
 
     Each term is q - p - p d >= 0 with d = log q - log p: adding q - p changes nothing in the sum, and no large terms of
     opposite sign are left to cancel. q - p = (p + q) tanh(d / 2) keeps its digits near p = q and is finite far from it.
@@ -68,7 +74,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p, q = log_p.exp(), log_q.exp()
     d = (log_q - log_p).nan_to_num(0.0, -FLOOR, FLOOR)  # where one is -inf, or both; a nan comes back with p and q
     difference = (p + q) * (d / 2).tanh()
-    return torch.addcmul(difference, p, d, value=-1).sum(-1).relu(), difference
+    return torch.addcmul(difference, p, d, value=-1), difference, q
 
 
 class _KL(torch.autograd.Function):
@@ -95,6 +101,64 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tens
         value: Tensor = _KL.apply(student_logits, teacher_logits, temperature)  # type: ignore[no-untyped-call]
         return value
     return kl_logprobs(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
+
+
+def kl_by_label(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    label_weight: float,
+    others_weight: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """label_weight KL(b_t || b_s) + others_weight KL(q_t || q_s): [..., C] x 2, [...] -> [...]. No T**2.
+
+    b = [p_label, 1 - p_label], q = softmax over the other classes, both at `temperature`.
+    """
+    given = student_logits, teacher_logits, labels, label_weight, others_weight, temperature
+    if fusible(teacher_logits):
+        value: Tensor = _KLByLabel.apply(*given)  # type: ignore[no-untyped-call]
+        return value
+    return _kl_by_label(*given)[0]
+
+
+def _kl_by_label(
+    student: Tensor, teacher: Tensor, labels: Tensor, label_weight: float, others_weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`kl_by_label`, and its gradient to the softened logits of the student: one pass over the C + 2 terms of both."""
+    logits, label = torch.stack(pair(student, teacher)) / temperature, labels.unsqueeze(-1)
+    place, classes = label.expand(2, *label.shape), logits.shape[-1]
+    others = logits.scatter(-1, place, -torch.inf)
+    binary = torch.cat([logits.gather(-1, place), others.logsumexp(-1, keepdim=True)], -1)
+    log_q, log_p = torch.cat([others.log_softmax(-1), binary.log_softmax(-1)], -1).unbind()
+    terms, difference, q = _kl_terms(log_p, log_q)
+    weights = q.new_full((classes + 2,), others_weight)
+    weights[classes:] = label_weight
+    with torch.no_grad():  # what all others together get is shared out by the softmax over them
+        to_each, to_label, to_all = (weights * difference).split([classes, 1, 1], -1)
+        slope = torch.addcmul(to_each, q[..., :classes], to_all).scatter_(-1, label, to_label)
+    return (weights * terms).sum(-1).relu(), slope
+
+
+class _KLByLabel(torch.autograd.Function):
+    """`kl_by_label` as one node of the graph, keeping nothing but the gradient to the student."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, *knobs: float) -> Tensor:
+        total, slope = _kl_by_label(student, teacher, labels, *knobs)
+        ctx.knobs = knobs
+        ctx.save_for_backward(student, teacher, labels, slope)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, labels, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            plain, _ = _kl_by_label(student, teacher, labels, *ctx.knobs)
+            (to_student,) = torch.autograd.grad(plain, student, grad, create_graph=True)
+        else:
+            to_student = slope * (grad / ctx.knobs[-1]).unsqueeze(-1)
+        return to_student, None, None, None, None, None
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -326,6 +390,19 @@ def _hsic_unbiased(k: Tensor, m: Tensor) -> Tensor:
     k, m = k - torch.diag(k.diagonal()), m - torch.diag(m.diagonal())
     across = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(0))
     return (k * m).sum() + across
+
+
+def whitened(rows: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-5) -> Tensor:
+    """The nearest rows of mean 0 and covariance I over those that count (ZCA): [N, D], mask [N] -> [N, D].
+
+    epsilon: added to the variance along every direction.
+    """
+    weight = torch.ones_like(rows[:, 0]) if mask is None else mask.to(rows)
+    weight = (weight / weight.sum().clamp_min(1)).unsqueeze(1)
+    centred = rows - (weight * rows).sum(0)
+    values, vectors = torch.linalg.eigh((weight * centred).mT @ centred)
+    root: Tensor = vectors * (values.clamp_min(0) + epsilon).rsqrt() @ vectors.mT
+    return centred @ root
 
 
 # ---------------------------------------------------------------- transport and matching

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
-from limbeck.core.features import as_map, tokens
+from limbeck.core.features import Shape, as_map, tokens
 
 Kind = Literal["linear", "mlp", "conv", "orthogonal", "grouped", "attention"]
 KINDS = ("linear", "mlp", "conv", "orthogonal", "grouped", "attention")
@@ -41,6 +41,25 @@ def projector(kind: str, width: int, out: int, *, places: int = 1, bias: bool = 
         return Queries(places, width, out)
     require(False, "projector", kind, f"one of {', '.join(KINDS)}")
     raise AssertionError
+
+
+def map_regressor(student: Shape, teacher: Shape) -> nn.Sequential:
+    """From maps [B, C, H, W] of one shape to those of another: a convolution that meets the size, batch norm, ReLU.
+
+    Its stride is 2 from twice the size, it is transposed from half the size, else its kernel takes off the difference;
+    to any other larger size maps are resized.
+    """
+    (_, c, *size), (_, out, *wanted) = student, teacher
+    resize: nn.Module
+    if size == [2 * s for s in wanted]:
+        resize = nn.Conv2d(c, out, kernel_size=3, stride=2, padding=1)
+    elif [2 * s for s in size] == wanted:
+        resize = nn.ConvTranspose2d(c, out, kernel_size=4, stride=2, padding=1)
+    elif all(a >= b for a, b in zip(size, wanted, strict=True)):
+        resize = nn.Conv2d(c, out, kernel_size=(1 + size[0] - wanted[0], 1 + size[1] - wanted[1]))
+    else:
+        resize = nn.Sequential(nn.Conv2d(c, out, 1), nn.Upsample(tuple(wanted), mode="bilinear"))
+    return nn.Sequential(resize, nn.BatchNorm2d(out), nn.ReLU())
 
 
 class Pointwise(nn.Module):

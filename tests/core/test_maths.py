@@ -98,6 +98,27 @@ def test_kl_to_a_teacher_without_gradient_is_the_same(gap: bool) -> None:
     torch.testing.assert_close(grad, (lone.softmax(-1) - t.softmax(-1)).sum(0).detach())
 
 
+@pytest.mark.parametrize("teacher_learns", [False, True])
+def test_kl_by_label_is_kl_in_two(teacher_learns: bool) -> None:
+    s, t, labels = randn(3, 4, 5, seed=1).requires_grad_(), randn(3, 4, 5, seed=2), torch.arange(12).view(3, 4) % 5
+    t.requires_grad_(teacher_learns)
+
+    def f(x: Tensor, label_weight: float = 0.7, others_weight: float = 3.0) -> Tensor:
+        return maths.kl_by_label(x, t, labels, label_weight, others_weight, 2.0)
+
+    known = (t.detach() / 2).softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    whole = f(s, 1.0, 0.0) + (1 - known) * f(s, 0.0, 1.0)
+    torch.testing.assert_close(whole, maths.kl(s, t, 2.0))
+    torch.testing.assert_close(f(s), 0.7 * f(s, 1.0, 0.0) + 3 * f(s, 0.0, 1.0))
+    (both,) = torch.autograd.grad(whole.sum(), s)
+    (one,) = torch.autograd.grad(maths.kl(s, t.detach(), 2.0).sum(), s)
+    torch.testing.assert_close(both, one)
+    assert gradcheck(f, (s,)) and gradgradcheck(f, (s,))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: f(x).sum())(s.detach()), torch.autograd.grad(f(s).sum(), s)[0].detach()
+    )
+
+
 def test_kl_of_nan_is_nan() -> None:
     s, t = randn(4, 3, seed=1), randn(4, 3, seed=2)
     s[0, 0] = t[1, 0] = math.nan

@@ -29,7 +29,6 @@ class A2D(nn.Module):
     *Relates to*: weight 10 to 1000, decaying to a tenth, beside 0.5 `ce` and 0.5 `kd` at temperature 1; the paper's sum
         over a batch, at weight 1, decays by 0.9 an epoch. `minilm` and `tinybert` need heads of equal number; `afd`
         does this for maps of convolutional networks.
-    *Differs*: see the card.
     """
 
     def __init__(self, student_attn: list[Shape], teacher_attn: list[Shape]) -> None:

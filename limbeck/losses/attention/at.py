@@ -32,7 +32,6 @@ def at(student_feats: list[Tensor], teacher_feats: list[Tensor], *, power: float
     *Needs*: feature maps or tokens, usually one layer a stage. Tokens of unlike numbers are read as square pictures.
     *Relates to*: use weight 1000 beside `ce`; add `kd`. Helps within a family of convolutional networks; across
         families use `rkd` or `kd`. For the attention of transformers match attention maps themselves.
-    *Differs*: see the card.
     """
     require(power >= 1, "power", power, ">= 1")
     layers = [_layer(s, t.detach(), power) for s, t in paired(student_feats, teacher_feats)]

@@ -1,7 +1,5 @@
 """The student's last layer looks where the teacher's last layer looks, and its values relate as the teacher's do."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from limbeck.core.card import method, require
@@ -42,7 +40,6 @@ def minilm(
     *Relates to*: weight 1 alone on unlabelled text, then `ce`; beside `ce` and `kd` on a task, 1 to 10. Use `minilm_v2`
         when heads differ in number; `tinybert` matches every layer. For a student of less than half the layers and
         width, teach an assistant of the student's width and the teacher's depth first (`takd`).
-    *Differs*: see the card.
     """
     require(value_weight >= 0, "value_weight", value_weight, ">= 0")
     looks, aims = student_attn[-1], teacher_attn[pick("layer", teacher_attn, layer, "teacher")].detach()

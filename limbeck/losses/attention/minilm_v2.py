@@ -1,7 +1,5 @@
 """Queries, keys and values of one layer, cut into any number of heads, relate in the student as in the teacher."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -41,24 +39,19 @@ def minilm_v2(
     side, are cut anew. The student's last layer learns from one layer of the teacher; both may have any width and any
     number of attention heads. Padding neither looks nor is looked at.
 
-    relation_heads: A >= 1, as far as both widths can be divided by it; 48 for a teacher of 12 heads, 64 for 16. More
-        heads, finer relations.
+    relation_heads: A >= 1, as far as it divides both widths; 48 for a teacher of 12 heads, 64 for 16; more are finer.
     layer: of the teacher, from shallow (0) or from deep (-1); for large teachers one of the upper middle, 21 of 24.
     query_weight: >= 0. key_weight: >= 0. value_weight: >= 0.
 
     *Needs*: `queries`, `keys` and `values` of both (`attn: true` in the zoo), of the same tokens.
-    *Relates to*: weight 1 alone on unlabelled text, then `ce`; beside `ce` and `kd` on a task, 1 to 10. `minilm`
-        matches attention itself where heads agree.
-    *Differs*: see the card.
+    *Relates to*: weight 1 alone on unlabelled text, then `ce`; 1 to 10 beside `ce` and `kd`. For equal heads `minilm`.
     """
     require(relation_heads >= 1, "relation_heads", relation_heads, ">= 1")
-    parts = {
-        "query_weight": (query_weight, student_queries, teacher_queries),
-        "key_weight": (key_weight, student_keys, teacher_keys),
-        "value_weight": (value_weight, student_values, teacher_values),
-    }
+    weights = {"query_weight": query_weight, "key_weight": key_weight, "value_weight": value_weight}
+    students = student_queries, student_keys, student_values
+    teachers = teacher_queries, teacher_keys, teacher_values
     terms = []
-    for name, (weight, student, teacher) in parts.items():
+    for (name, weight), student, teacher in zip(weights.items(), students, teachers, strict=True):
         require(weight >= 0, name, weight, ">= 0")
         aim = teacher[pick("layer", teacher, layer, "teacher")].detach()
         heads = math.gcd(relation_heads, student[-1].shape[-1], aim.shape[-1])

@@ -43,7 +43,6 @@ class TinyBERT(nn.Module):
         many heads. Scores of a mask, <= -100 on either side, count as 0.
     *Relates to*: weight 1 alone on raw text, then alone on the task's texts, then `kd` at temperature 1 alone
         (`stagewise`); or beside `ce` and `kd` at 0.1 to 1. Use `minilm_v2` where heads differ in number.
-    *Differs*: see the card.
     """
 
     def __init__(

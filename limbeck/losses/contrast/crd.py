@@ -41,7 +41,6 @@ class CRD(nn.Module):
         drawn from torch's generator.
     *Relates to*: use weight 0.8 beside `ce`, and `kd` at weight 1. Use `rkd` when there is no index or little memory:
         the banks hold 2 x N x width numbers.
-    *Differs*: see the card.
     """
 
     student_bank: Tensor

@@ -37,7 +37,6 @@ class MIAlpha(nn.Module):
     *Needs*: features of both, of any shape; batches of at least 2, better 32 and more.
     *Relates to*: weight 0.1 to 1 beside `ce` and `kd`. `crd` keeps a memory of more negatives, by index; `vid` bounds
         the same from below by a Gaussian, one example at a time.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -37,7 +37,6 @@ class MSDCRD(nn.Module):
     *Needs*: one feature of each: maps, tokens that make a square picture, or vectors, which have scale 1 only.
     *Relates to*: weight 0.1 to 1 beside `ce` and `kd`. Serves unlike architectures; use `crd` when batches are small,
         for its bank brings other examples.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Only whether each neuron of the teacher fires is copied: the student must be clearly on the same side of zero."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +30,7 @@ class AB(nn.Module):
     layers: which of the paired features, counted from shallow (0) or from deep (-1); () takes all.
 
     *Needs*: features before a ReLU, such as taps "blocks.2.relu2:in", usually one a stage.
-    *Relates to*: first stage of `stagewise` with weight 0.003, then `ce` or `kd` without it. `ofd` by the same authors
-        also copies how strongly neurons fire, and needs no stage of its own.
-    *Differs*: see the card.
+    *Relates to*: first stage of `stagewise`, weight 0.003; `ofd` also copies how strongly neurons fire, in one stage.
     """
 
     def __init__(

@@ -38,7 +38,6 @@ class DualView(nn.Module):
     *Needs*: one feature of each: maps, tokens that make a square picture, or vectors; the teacher's may be any tokens.
     *Relates to*: weight 1 beside `ce` and `kd` with temperature 1, both at 0.5. Made for transformer teachers of other
         students; the train method `scalekd` adds the teacher's own last stage. Use `vkd` for one pooled vector.
-    *Differs*: see the card.
     """
 
     def __init__(

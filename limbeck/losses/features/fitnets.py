@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from limbeck.core.card import method
-from limbeck.core.features import Shape, common, pick, same_places, width
-from limbeck.core.layerwise import each
+from limbeck.core.features import Shape, common, same_places, width
+from limbeck.core.layerwise import each, picked
 from limbeck.core.maths import pair
-from limbeck.core.project import Pointwise
+from limbeck.core.project import map_regressor, projector
 
 
 @method(
@@ -32,16 +32,17 @@ class FitNets(nn.Module):
         maps end in one.
     *Relates to*: add `ce` and `kd`; use weight 100 for maps after ReLU. Helps when the networks are of one family;
         otherwise use `rkd` or `crd`, which do not force the teacher's coordinates on the student.
-    *Differs*: see the card.
     """
 
     def __init__(self, student_feats: list[Shape], teacher_feats: list[Shape], *, layer: int = -1) -> None:
         super().__init__()
         self.layer = layer
-        student = student_feats[pick("layer", student_feats, layer, "student")]
-        teacher = teacher_feats[pick("layer", teacher_feats, layer, "teacher")]
+        student, teacher = picked(student_feats, teacher_feats, layer)
         self.maps = len(student) == len(teacher) == 4
-        self.projector = _for_maps(student, teacher) if self.maps else _linear(*common(student, teacher))
+        if self.maps:
+            self.projector: nn.Module = map_regressor(student, teacher)
+        else:
+            self.projector = projector("linear", *map(width, common(student, teacher)))
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example, or per token for tokens."""
@@ -50,22 +51,3 @@ class FitNets(nn.Module):
             student, hint = same_places(student, hint)
         predicted, hint = pair(self.projector(student.to(next(self.parameters()).dtype)), hint)
         return each((predicted - hint).square())
-
-
-def _linear(student: Shape, teacher: Shape) -> Pointwise:
-    return Pointwise(nn.Linear(width(student), width(teacher)))
-
-
-def _for_maps(student: Shape, teacher: Shape) -> nn.Sequential:
-    """From [B, C, H, W] of the student to that of the teacher."""
-    (_, c, *size), (_, out, *wanted) = student, teacher
-    resize: nn.Module
-    if size == [2 * s for s in wanted]:
-        resize = nn.Conv2d(c, out, kernel_size=3, stride=2, padding=1)
-    elif [2 * s for s in size] == wanted:
-        resize = nn.ConvTranspose2d(c, out, kernel_size=4, stride=2, padding=1)
-    elif all(a >= b for a, b in zip(size, wanted, strict=True)):
-        resize = nn.Conv2d(c, out, kernel_size=(1 + size[0] - wanted[0], 1 + size[1] - wanted[1]))
-    else:
-        resize = nn.Sequential(nn.Conv2d(c, out, 1), nn.Upsample(tuple(wanted), mode="bilinear"))
-    return nn.Sequential(resize, nn.BatchNorm2d(out), nn.ReLU())

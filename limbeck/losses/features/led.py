@@ -6,8 +6,8 @@ from torch import Tensor
 
 from limbeck.core.bernoulli import multi_hot
 from limbeck.core.card import method, require
-from limbeck.core.features import pick, tokens
-from limbeck.core.layerwise import counted
+from limbeck.core.features import tokens
+from limbeck.core.layerwise import counted, picked
 from limbeck.core.maths import pairwise_distances, upcast
 
 
@@ -48,16 +48,11 @@ def led(
         `queries: true`); labels as 0 and 1, or class indices, which leave only the first term.
     *Relates to*: bce + 10 / 64 to 10 `mld` + 1 / 64 to 1 of this, far less where training is short: it starts above
         a thousand. `rkd` compares one embedding an image.
-    *Differs*: see the card.
     """
     require(class_weight >= 0, "class_weight", class_weight, ">= 0")
     require(instance_weight >= 0, "instance_weight", instance_weight, ">= 0")
-    student, teacher = (
-        upcast(tokens(feats[pick("led.layer", feats, layer, side)]))
-        for feats, side in ((student_feats, "student"), (teacher_feats, "teacher"))
-    )
-    present = multi_hot(labels, student[..., 0]) > 0.5
-    present = present & counted(mask, student).unsqueeze(-1)
+    student, teacher = (upcast(tokens(feature)) for feature in picked(student_feats, teacher_feats, layer))
+    present = (multi_hot(labels, student[..., 0]) > 0.5) & counted(mask, student).unsqueeze(-1)
     teacher = teacher.detach()
     of_classes = _apart(student.transpose(0, 1), teacher.transpose(0, 1), present.T)
     of_images = _apart(student, teacher, present)

@@ -1,7 +1,5 @@
 """From a student feature with holes in it, a small generator must restore the whole feature of the teacher."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -21,9 +19,7 @@ from limbeck.core.maths import pair
     differs="alpha is the weight in the recipe. The paper masks places, and so does the code for detection and "
     "segmentation; its code for classification masks channels (`holes`). Where maps differ in size, which the code "
     "refuses, the larger is average-pooled",
-    exceptions={
-        "batch order": "each example draws its own holes",
-    },
+    exceptions={"batch order": "each example draws its own holes"},
 )
 class MGD(nn.Module):
     """Sum over layers of |f_t - G(M r(f_s))|^2, summed over channels and places.  [B, ...] lists -> [B]
@@ -40,7 +36,6 @@ class MGD(nn.Module):
         classification and segmentation, every level of the pyramid for detection.
     *Relates to*: use weight 7e-5 beside `ce` for 512 x 7 x 7 numbers, more for smaller features (it is a sum), 2e-5 for
         segmentation and detection. Holes are drawn from torch's global generator, in eval mode too.
-    *Differs*: see the card.
     """
 
     def __init__(

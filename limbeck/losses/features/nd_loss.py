@@ -9,8 +9,6 @@ from limbeck.core.card import method, require
 from limbeck.core.features import Shape
 from limbeck.core.maths import pair
 
-TINY = 1e-12  # of a length, so that embeddings of zeros have one
-
 
 @method(
     paper="Wang et al. 2023, eq. 6",
@@ -37,7 +35,6 @@ class NDLoss(nn.Module):
     *Relates to*: weight 2 beside `ce` and `kd` (KD++), 4 beside `ce` and `dkd`, with a rising weight of those two over
         the first epochs; also beside `dist` and `reviewkd`. Use `fitnets` on embeddings when the teacher's place of
         every single example matters, not only that of its class.
-    *Differs*: see the card.
     """
 
     def __init__(self, student_emb: Shape, teacher_emb: Shape, teacher_logits: Shape, *, dropout: float = 0.5) -> None:
@@ -66,5 +63,5 @@ class NDLoss(nn.Module):
             normed = self.norm(student.to(self.projector.weight.dtype))
             student, teacher = pair(self.projector(F.dropout(normed, self.dropout, self.training)), teacher)
         centre = F.normalize(self.classes.means[labels].to(student))
-        longer = torch.maximum(student.norm(dim=1), teacher.norm(dim=1)).clamp_min(TINY)
+        longer = torch.maximum(student.norm(dim=1), teacher.norm(dim=1)).clamp_min(1e-12)
         return 1 - (student * centre).sum(1) / longer

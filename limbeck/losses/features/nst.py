@@ -1,7 +1,5 @@
 """The student's channels, each a picture of where it fires, should be distributed like the teacher's channels."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -12,8 +10,6 @@ from limbeck.core.card import method, require
 from limbeck.core.features import same_places, tokens
 from limbeck.core.layerwise import paired, summed
 from limbeck.core.maths import pair, pairwise_distances
-
-KERNELS = ("polynomial", "linear", "gaussian")
 
 
 @method(
@@ -33,38 +29,31 @@ def nst(
 ) -> Tensor:
     """Sum over layers of mean k(f_t, f_t) + mean k(f_s, f_s) - 2 mean k(f_s, f_t).  [B, ...] lists -> [B]
 
-    f is a channel's pattern over the places, of unit length; the means are over all pairs of channels. This is the
-    squared maximum mean discrepancy of two sets of channels: their numbers and order do not matter. Larger maps are
-    average-pooled to the smaller.
+    f is a channel's pattern over the places, of unit length; means are over all pairs of channels: the squared maximum
+    mean discrepancy of two sets, whatever their numbers and order. Larger maps are average-pooled to the smaller.
 
     kernel: polynomial: k(x, y) = (x . y)^2; linear: x . y, near to `at`; gaussian: exp(-|x - y|^2 / (2 s^2)) with s^2
         the mean of |x - y|^2 over the pairs of the two sets, taken as a constant.
     layers: which of the paired features, counted from shallow (0) or from deep (-1); () takes all.
 
     *Needs*: maps, or tokens; the paper takes the last layer, the code every stage but the stem.
-    *Relates to*: use weight 50 beside `ce`; add `kd`. `at` sums the channels away first, `ickd` compares which channels
-        fire together; both are cheaper.
-    *Differs*: see the card.
+    *Relates to*: weight 50 beside `ce`; add `kd`. Cheaper: `at` sums channels away, `ickd` has which fire together.
     """
-    require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
+    require(kernel in ("polynomial", "linear", "gaussian"), "kernel", kernel, "polynomial, linear or gaussian")
     pairs = paired(student_feats, teacher_feats, layers)
     return summed([_discrepancy(student, teacher.detach(), kernel) for student, teacher in pairs])
 
 
 def _discrepancy(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
     student, teacher = (F.normalize(tokens(x).mT, dim=2) for x in pair(*same_places(student, teacher)))
+    pairs = (student, student), (teacher, teacher), (student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         if kernel == "gaussian":
-            between = [pairwise_distances(*xy, squared=True) for xy in _pairs(student, teacher)]
+            between = [pairwise_distances(*xy, squared=True) for xy in pairs]
             spread = between[2].detach().mean((1, 2), keepdim=True).clamp_min(torch.finfo(student.dtype).tiny)
             alike = [(square / (-2 * spread)).exp() for square in between]
         else:
-            power = 2 if kernel == "polynomial" else 1
-            alike = [(x @ y.mT) ** power for x, y in _pairs(student, teacher)]
+            alike = [(x @ y.mT) ** (2 if kernel == "polynomial" else 1) for x, y in pairs]
         of_student, of_teacher, across = (k.mean((1, 2)) for k in alike)
         apart = of_student + of_teacher - 2 * across
     return apart + (-apart).clamp_min(0).detach()  # lifts a rounding error below 0, leaves the gradient alone
-
-
-def _pairs(student: Tensor, teacher: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(student, student), (teacher, teacher), (student, teacher)]

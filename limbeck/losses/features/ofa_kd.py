@@ -40,7 +40,6 @@ class OFAKD(nn.Module):
     *Needs*: logits of both, labels, and one feature a stage of the student.
     *Relates to*: beside `ce` at weight 1, without `kd`. Made for unlike networks (transformer to CNN and the like),
         where `fitnets` or `at` compare what cannot be compared; within a family `dkd` and `reviewkd` do as well.
-    *Differs*: see the card.
     """
 
     def __init__(

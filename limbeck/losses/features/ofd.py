@@ -36,7 +36,6 @@ class OFD(nn.Module):
         that those of the teacher come out of: taps {scales: ["blocks.2.bn2.weight"], shifts: ["blocks.2.bn2.bias"]}.
     *Relates to*: use weight 0.001 beside `ce` for stages of 32 x 32 to 8 x 8 places, larger where there are fewer: the
         sum grows with them. `ab` copies the signs only, `fitnets` everything.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -38,7 +38,6 @@ class PatientKD(nn.Module):
     *Needs*: `feats` of all layers of both, at least two a side. Widths may differ.
     *Relates to*: 0.3 ce + 0.7 kd (temperature 5 to 20) + 0.1 to 10 of this; start the student from the teacher's first
         k layers (`weight_inheritance`). `tinybert` compares every token and the attention.
-    *Differs*: see the card.
     """
 
     def __init__(

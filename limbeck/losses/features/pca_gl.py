@@ -42,7 +42,6 @@ class PCAGL(nn.Module):
         of the student that are maps, or tokens that make a square picture.
     *Relates to*: weight 0.03 to 1 beside `ce` and `kd`, with strong augmentation. `ofa_kd` crosses architectures by
         logits, `dual_view` by cross-attention.
-    *Differs*: see the card.
     """
 
     def __init__(

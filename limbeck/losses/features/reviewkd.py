@@ -39,7 +39,6 @@ class ReviewKD(nn.Module):
         "blocks.2.relu2:in".
     *Relates to*: use weight 0.6 to 8 beside `ce`, with a warm-up: {warmup: [5, 0.1]}. `fitnets` compares one level with
         one; the fusing blocks cost memory and are dropped after training.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -36,7 +36,6 @@ class SemCKD(nn.Module):
     *Relates to*: weight 400 beside `ce` and `kd`, both at weight 1. Use it where nobody knows which layers belong
         together, such as networks of two families; `afd` when only where they look is to be matched; `fitnets` for one
         known pair at a fraction of the time.
-    *Differs*: see the card.
     """
 
     def __init__(self, student_feats: list[Shape], teacher_feats: list[Shape], *, temperature: float = 1.0) -> None:

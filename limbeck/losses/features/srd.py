@@ -31,7 +31,6 @@ class SRD(nn.Module):
     *Needs*: embeddings of both; maps or tokens are averaged over their places. At least 2 examples.
     *Relates to*: weight 2 beside `ce` and `kd` with temperature 1. Use `vkd` when batches are small, since nothing
         there depends on them; `fitnets` for inner layers.
-    *Differs*: see the card.
     """
 
     def __init__(self, student_emb: Shape, teacher_emb: Shape, *, power: float = 4.0) -> None:

@@ -30,7 +30,6 @@ class SRRL(nn.Module):
     *Needs*: a feature map, tokens or a vector of the student; embedding, logits and linear classifier of the teacher.
     *Relates to*: weight 1 beside `ce`; add `kd` when the classes are few. Use `simkd` to keep the teacher's classifier
         in the student, `fitnets` when there is none.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """The student's features should tell as much as possible about the teacher's, channel by channel as far as they can."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -36,7 +34,6 @@ class VID(nn.Module):
 
     *Needs*: features of each, of any kind; larger maps are average-pooled to the smaller.
     *Relates to*: use weight 1 beside `ce`; add `kd`. `fitnets` is the case of one fixed variance.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -2,16 +2,14 @@
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, per_example, pick, pooled, width
-from limbeck.core.maths import pair, upcast
-from limbeck.core.project import Pointwise
-
-EPSILON = 1e-5
+from limbeck.core.features import Shape, per_example, pooled, width
+from limbeck.core.layerwise import picked
+from limbeck.core.maths import pair, upcast, whitened
+from limbeck.core.project import projector
 
 
 @method(
@@ -36,7 +34,6 @@ class VKD(nn.Module):
     *Needs*: one feature of each: maps, tokens or vectors, of any sizes.
     *Relates to*: weight 1 beside `ce` and `kd` with temperature 1, more for short trainings. Use it where `fitnets`
         trains its regressor instead of the student; `srd` normalises both sides and lets the projector free.
-    *Differs*: see the card.
     """
 
     def __init__(
@@ -50,28 +47,13 @@ class VKD(nn.Module):
         super().__init__()
         require(normalise in ("standardise", "whiten"), "normalise", normalise, "'standardise' or 'whiten'")
         self.layer, self.normalise = layer, normalise
-        student = student_feats[pick("vkd.layer", student_feats, layer, "student")]
-        teacher = teacher_feats[pick("vkd.layer", teacher_feats, layer, "teacher")]
-        # By default torch keeps signs among the weights, which the first step of weight decay turns into zeros.
-        linear = nn.Linear(width(student), width(teacher), bias=False)
-        self.projector = Pointwise(nn.utils.parametrizations.orthogonal(linear, orthogonal_map="matrix_exp"))
+        student, teacher = picked(student_feats, teacher_feats, layer)
+        self.projector = projector("orthogonal", width(student), width(teacher))
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor], mask: Tensor | None = None) -> Tensor:
         """Per example."""
         student, teacher = pooled(student_feats[self.layer]), upcast(pooled(teacher_feats[self.layer].detach()))
-        if self.normalise == "standardise":
-            target = F.layer_norm(teacher, teacher.shape[1:], eps=EPSILON)
-        else:
-            target = _whitened(teacher, mask)
+        whiten = self.normalise == "whiten"
+        target = whitened(teacher, mask) if whiten else F.layer_norm(teacher, teacher.shape[1:], eps=1e-5)
         projected, target = pair(self.projector(student.to(next(self.parameters()).dtype)), target)
         return per_example(F.smooth_l1_loss(projected, target, reduction="none"))
-
-
-def _whitened(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of mean 0 and covariance I over those that count: the nearest such rows (ZCA)."""
-    weight = torch.ones_like(rows[:, 0]) if mask is None else mask.to(rows)
-    weight = (weight / weight.sum().clamp_min(1)).unsqueeze(1)
-    centred = rows - (weight * rows).sum(0)
-    values, vectors = torch.linalg.eigh((weight * centred).mT @ centred)
-    root: Tensor = vectors * (values.clamp_min(0) + EPSILON).rsqrt() @ vectors.mT
-    return centred @ root

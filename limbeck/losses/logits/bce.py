@@ -26,7 +26,6 @@ def bce(student_logits: Tensor, labels: Tensor, *, positive_weight: float = 1.0)
     *Needs*: labels of that form.
     *Relates to*: use it alone for the control, next to `mld` and `led` for the student; `ce` when exactly one class is
         present.
-    *Differs*: see the card.
     """
     require(positive_weight > 0, "positive_weight", positive_weight, "> 0")
     z, y = upcast(student_logits), multi_hot(labels, student_logits)

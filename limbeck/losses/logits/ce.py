@@ -5,7 +5,13 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
+from limbeck.core.headloss import Term
+from limbeck.core.headloss import ce as ce_term
 from limbeck.core.maths import upcast
+
+
+def _head(*, label_smoothing: float = 0.0) -> Term | None:
+    return None if label_smoothing else ce_term()
 
 
 @method(
@@ -13,6 +19,7 @@ from limbeck.core.maths import upcast
     year=2015,
     arxiv="1512.00567",
     differs="without smoothing it is the label term of every recipe, older than this paper",
+    head=_head,
 )
 def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """-sum_c q_c log softmax(student)_c, q = (1 - e) onehot(label) + e / C.  [..., C], [...] -> [...]

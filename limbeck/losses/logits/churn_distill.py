@@ -25,7 +25,6 @@ def churn_distill(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     *Needs*: logits of both over the same classes and true labels, usually more data than the base model had.
     *Relates to*: alone, at weight 1; `agreement` measures 1 - churn. `kd` softens both sides by a temperature, since it
         wants the order of the wrong classes; here decisions count, so there is none.
-    *Differs*: see the card.
     """
     require(0 <= share <= 1, "share", share, "in [0, 1]")
     log_new, base = log_probs(student_logits), log_probs(teacher_logits.detach()).exp()

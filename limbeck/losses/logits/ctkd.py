@@ -37,7 +37,6 @@ class CTKD(nn.Module):
     *Needs*: logits of both over the same classes; no labels. Without `progress` lambda is 1.
     *Relates to*: 0.1 ce + 0.9 of this (1 + 1 on ImageNet), instead of a search for the temperature of `kd`. theta
         trains with the student's optimiser; raise `curriculum` for short trainings.
-    *Differs*: see the card.
     """
 
     def __init__(

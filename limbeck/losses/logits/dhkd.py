@@ -17,12 +17,11 @@ from limbeck.core.maths import pair, upcast
     "the training method `aligned`, gradient clipping a setting of every recipe",
 )
 class DHKD(nn.Module):
-    """T^2 sum_c KL(Bern(1/2) || Bern(sigmoid(d_c))), d = (head(student_emb) - teacher_logits) / T.
-    [B, D], [B, C] -> [B]
+    """T^2 sum_c KL(Bern(1/2) || Bern(sigmoid(d_c))), d = (head(student_emb) - z_t) / T.  [B, D], [B, C] -> [B]
 
-    Each term is T^2 log cosh(d / 2): 0 only where the logits agree exactly, while a softmax forgets what is added to
-    all of them. One head cannot serve this and the labels, whose gradients on it oppose each other; on what lies below
-    they agree. So the main head never sees this loss, and the second one never sees the labels.
+    Each term is T^2 log cosh(d / 2): 0 only where the teacher's logits z_t are met exactly; a softmax forgets what is
+    added to all of them. One head cannot serve this and the labels, whose gradients on it oppose each other;
+    below it they agree. So the main head never sees this loss, and the second one never sees the labels.
 
     temperature: T > 0.
     hidden: units of a hidden layer in the second head, >= 0; 0 makes it linear, 200 is the paper's other choice, with
@@ -32,7 +31,6 @@ class DHKD(nn.Module):
     *Needs*: the student's embedding, which its own head reads, and the teacher's logits; no labels.
     *Relates to*: ce + this, both at weight 1 (0.1 for this on ImageNet); `aligned` instead of `distill` takes out what
         still opposes the labels. Use `kd` where a single head should remain.
-    *Differs*: see the card.
     """
 
     def __init__(

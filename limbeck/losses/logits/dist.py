@@ -38,7 +38,6 @@ def dist(
         of both terms. In data-parallel training the intra-class term is that of each process's own examples.
     *Relates to*: add `ce` at weight 1, this at 1 to 3 (2 on ImageNet). Use it in the place of `kd` when the teacher is
         much larger than the student; `dist_plus` adds a feature.
-    *Differs*: see the card.
     """
     require(beta >= 0, "beta", beta, ">= 0")
     require(gamma >= 0, "gamma", gamma, ">= 0")

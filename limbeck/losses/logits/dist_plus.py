@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, common, pick, same_places, tokens, width
+from limbeck.core.features import Shape, common, same_places, tokens, width
+from limbeck.core.layerwise import picked
 from limbeck.core.maths import pair
 from limbeck.core.project import projector
 from limbeck.core.reduce import mean
@@ -36,7 +37,6 @@ class DISTPlus(nn.Module):
         labels. Masked examples are left out.
     *Relates to*: add `ce` at weight 1, this at 2 (with beta = gamma = 2 and both others 1 on ImageNet). `dist` when
         there are logits alone.
-    *Differs*: see the card.
     """
 
     def __init__(
@@ -58,9 +58,7 @@ class DISTPlus(nn.Module):
         require(temperature > 0, "temperature", temperature, "> 0")
         self.beta, self.gamma, self.temperature, self.layer = beta, gamma, temperature, layer
         self.channel_weight, self.spatial_weight = channel_weight, spatial_weight
-        student = student_feats[pick("layer", student_feats, layer, "student")]
-        teacher = teacher_feats[pick("layer", teacher_feats, layer, "teacher")]
-        narrow, wide = (width(shape) for shape in common(student, teacher))
+        narrow, wide = map(width, common(*picked(student_feats, teacher_feats, layer)))
         self.projector = nn.Identity() if narrow == wide else projector("linear", narrow, wide)
 
     def forward(

@@ -1,10 +1,16 @@
 """Splits KD into "is it the label?" and "which of the others?", and frees the weight of the second."""
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import kl, upcast
+from limbeck.core.headloss import Term, divergences
+from limbeck.core.maths import kl_by_label
+
+
+def _head(*, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> Term:
+    return Term(partial(divergences.dkd, alpha=alpha, beta=beta), temperature, temperature**2)
 
 
 @method(
@@ -15,6 +21,7 @@ from limbeck.core.maths import kl, upcast
     differs="the code hides the label by subtracting 1000 from its logit, which fails once logits differ by more; here "
     "it is left out, and everything stays in log space: same numbers",
     zero_at_match=True,
+    head=_head,
 )
 def dkd(
     student_logits: Tensor,
@@ -38,20 +45,9 @@ def dkd(
     *Needs*: logits of both and true labels, at least 2 classes.
     *Relates to*: use it instead of `kd` when the teacher is confident; together with `ce` at weight 1, and a warm-up of
         its weight over the first epochs.
-    *Differs*: see the card.
     """
     require(alpha >= 0, "alpha", alpha, ">= 0")
     require(beta >= 0, "beta", beta, ">= 0")
     require(temperature > 0, "temperature", temperature, "> 0")
-    student_binary, student_others = _split(student_logits, labels, temperature)
-    teacher_binary, teacher_others = _split(teacher_logits.detach(), labels, temperature)
-    is_it_the_label = kl(student_binary, teacher_binary)
-    which_of_the_others = kl(student_others, teacher_others)
-    return temperature**2 * (alpha * is_it_the_label + beta * which_of_the_others)
-
-
-def _split(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Softened logits of [label, not the label] [..., 2], and of the others [..., C] with the label at -inf."""
-    logits, label = upcast(logits) / temperature, labels.unsqueeze(-1)
-    rest = logits.scatter(-1, label, -torch.inf)
-    return torch.cat([logits.gather(-1, label), rest.logsumexp(-1, keepdim=True)], -1), rest
+    weights = temperature**2 * alpha, temperature**2 * beta
+    return kl_by_label(student_logits, teacher_logits.detach(), labels, *weights, temperature)

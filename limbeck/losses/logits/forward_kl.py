@@ -4,6 +4,11 @@ from torch import Tensor
 
 from limbeck.core import maths
 from limbeck.core.card import method, require
+from limbeck.core.headloss import Term, divergences
+
+
+def _head(*, temperature: float = 1.0) -> Term:
+    return Term(divergences.forward_kl, temperature, temperature**2)
 
 
 @method(
@@ -15,6 +20,7 @@ from limbeck.core.card import method, require
     "teacher's entropy, a constant without gradient",
     variant_of="kd",
     zero_at_match=True,
+    head=_head,
 )
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) at each place.  [..., V] x 2 -> [...]

@@ -3,7 +3,12 @@
 from torch import Tensor
 
 from limbeck.core.card import method, require
+from limbeck.core.headloss import Term, divergences
 from limbeck.core.maths import kl
+
+
+def _head(*, temperature: float = 4.0) -> Term:
+    return Term(divergences.forward_kl, temperature, temperature**2)
 
 
 @method(
@@ -12,6 +17,7 @@ from limbeck.core.maths import kl
     arxiv="1503.02531",
     code="megvii-research/mdistiller@a08d46f:mdistiller/distillers/KD.py",
     zero_at_match=True,
+    head=_head,
 )
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)).  [..., C] x 2 -> [...]

@@ -28,7 +28,6 @@ def mld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
     *Needs*: logits of both over the same classes, made for sigmoids; no labels.
     *Relates to*: add `bce` at weight 1, this at 10 / 64 to 10 (the code sums `bce` over a batch of 64 and takes the
         mean of this); `led` for the embeddings of present classes. Use `kd` when exactly one class is present.
-    *Differs*: see the card.
     """
     require(temperature > 0, "temperature", temperature, "> 0")
     student, teacher = pair(student_logits, teacher_logits.detach())

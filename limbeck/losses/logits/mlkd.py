@@ -13,9 +13,9 @@ from limbeck.core.responses import rows, standardized
     paper="Jin et al. 2023, Multi-level Logit Distillation, CVPR, multi-level alignment",
     year=2023,
     code="Jin-Ying/Multi-Level-Logit-Distillation@5ee473f:mdistiller/distillers/KD_ours.py",
-    differs="the three terms of the paper on one view; `two_views` brings the strongly augmented one. The code "
-    "multiplies its weak terms, already means, by a mask of the less certain half of the examples or classes, which "
-    "amounts to weight 0.5; and its strong instance term takes T = 2 and 6 from the weak view: see `two_views`",
+    differs="the paper's three terms on one view; `two_views` adds the strongly augmented one. The code multiplies its "
+    "weak terms, already means, by a mask of the less certain half of examples or classes: weight 0.5; and its strong "
+    "instance term takes T = 2 and 6 from the weak view: see `two_views`",
     zero_at_match=True,
 )
 def mlkd(
@@ -29,8 +29,7 @@ def mlkd(
     class_weight: float = 1.0,
     standardize: bool = False,
 ) -> Tensor:
-    """sum_T (T^2 mean_i KL(t_i || s_i) + |t t' - s s'|^2 / B + |t' t - s' s|^2 / C), each with its weight.
-    [..., C] x 2 -> []
+    """sum_T (T^2 mean_i KL(t_i || s_i) + |t t' - s s'|^2 / B + |t' t - s' s|^2 / C), each weighted.  [..., C] x 2 -> []
 
     s, t: probabilities [B, C] at temperature T, ' the transpose, |.|^2 the sum of squares.
 
@@ -40,11 +39,8 @@ def mlkd(
     class_weight: weight of how alike every two classes are, >= 0.
     standardize: bring logits to mean 0 and deviation 1 first in the instance term, as `logit_standardization` does.
 
-    *Needs*: logits of both over the same classes, a batch of several examples; no labels. Masked elements are left out
-        everywhere.
-    *Relates to*: 0.1 ce + 0.9 of this; `two_views` as the training method for the paper's weak and strong views.
-        Without it, this serves in any scheme; compare with `kd` at several temperatures to see what the relations add.
-    *Differs*: see the card.
+    *Needs*: logits of both over the same classes, several examples a batch; no labels. What is masked is left out.
+    *Relates to*: 0.1 ce + 0.9 of this in any scheme; `two_views` trains it on the paper's weak and strong views.
     """
     require(len(temperatures) > 0 and min(temperatures) > 0, "temperatures", temperatures, "one or more numbers > 0")
     for name, weight in (("instance", instance_weight), ("batch", batch_weight), ("class", class_weight)):

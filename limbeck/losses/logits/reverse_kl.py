@@ -4,6 +4,11 @@ from torch import Tensor
 
 from limbeck.core import maths
 from limbeck.core.card import method, require
+from limbeck.core.headloss import Term, divergences
+
+
+def _head(*, temperature: float = 1.0) -> Term:
+    return Term(divergences.reverse_kl, temperature, temperature**2)
 
 
 @method(
@@ -13,6 +18,7 @@ from limbeck.core.card import method, require
     code="jongwooko/distillm@d47e77f:distillm/losses.py",
     differs="the token-level divergence of the row only: exact over the vocabulary, no policy gradient and no sampling",
     zero_at_match=True,
+    head=_head,
 )
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """T^2 KL(softmax(student / T) || softmax(teacher / T)) at each place.  [..., V] x 2 -> [...]

@@ -40,7 +40,6 @@ class SDD(nn.Module):
         taps: {feats: [layer3], head: head.weight, head_bias: head.bias}; true labels.
     *Relates to*: ce + this at the weight that D has alone; with `dkd` and `nkd` raise it over the first 20 of 240
         epochs. Helps most where classes differ in parts. `srrl` asks the teacher's head about the student.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -41,7 +41,6 @@ def sinkd(
         Memory and time grow with B x B (tokens: all of the batch).
     *Relates to*: add `ce` (0.1) and `kd` (0.9), and this at 8e-4: it is a sum over the batch. Use it where teacher
         and student hardly overlap.
-    *Differs*: see the card.
     """
     require(temperature > 0, "temperature", temperature, "> 0")
     require(epsilon > 0, "epsilon", epsilon, "> 0")

@@ -24,7 +24,6 @@ def ssld(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     *Relates to*: use it alone, for long, on as many pictures as there are, with a strong teacher not too far in size;
         then fine-tune on labels at a rate 100 times lower. `kd` at temperature 1 is one of its halves, `reverse_kl` the
         other.
-    *Differs*: see the card.
     """
     teacher_logits = teacher_logits.detach()
     return (kl(student_logits, teacher_logits) + reverse_kl(student_logits, teacher_logits)) / 2

@@ -40,7 +40,6 @@ class USKD(nn.Module):
 
     *Needs*: logits, labels and inner features of the student (maps, tokens or vectors); no teacher, >= 2 classes.
     *Relates to*: add `ce`, both at weight 1; compare with `ce` and label smoothing. Use `nkd` when there is a teacher.
-    *Differs*: see the card.
     """
 
     def __init__(

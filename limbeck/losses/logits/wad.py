@@ -38,7 +38,6 @@ class WAD(nn.Module):
     *Needs*: the teacher's embeddings (self-supervised), labels with -100 for the unlabelled, `index`. Memory of N x D.
     *Relates to*: alone, at weight 1; lift unlabelled_weight when most of a batch is unlabelled. The control is `ce` on
         the labelled ones.
-    *Differs*: see the card.
     """
 
     bank: Tensor

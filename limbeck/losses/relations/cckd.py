@@ -41,7 +41,6 @@ class CCKD(nn.Module):
     *Needs*: embeddings, and batches with several examples a class (train.per_class).
     *Relates to*: beside `ce` and `kd`, which the paper always keeps; tune its weight from 1 to 1000. `sp`, `pkt` and
         `rkd` compare the same examples without learned maps.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -32,7 +32,6 @@ class Correlation(nn.Module):
     *Needs*: embeddings, at least 2 examples.
     *Relates to*: use weight 0.02 beside `ce`; add `kd`. Kept for comparison with published figures: `cckd`, `sp` and
         `rkd` compare how examples relate.
-    *Differs*: see the card.
     """
 
     def __init__(self, student_emb: tuple[int, ...], teacher_emb: tuple[int, ...], *, width: int = 128) -> None:

@@ -38,7 +38,6 @@ class FSP(nn.Module):
         last of each stage of a residual network.
     *Relates to*: first stage of `stagewise`, then `ce`: a student that learns fast from little. The sum grows with the
         features: start at weight 0.001 (RepDistiller's 50 is 50 / (m n) here). `ickd` is a relation within one layer.
-    *Differs*: see the card.
     """
 
     def __init__(

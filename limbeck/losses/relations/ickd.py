@@ -1,14 +1,11 @@
 """Channels that fire together in the teacher should fire together in the student."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
-from limbeck.core.features import Shape, as_map, pick, same_places, tokens, width
-from limbeck.core.layerwise import Connector
+from limbeck.core.features import Shape, patches, same_places, width
+from limbeck.core.layerwise import Connector, picked
 from limbeck.core.maths import gram, pair
 
 
@@ -34,7 +31,6 @@ class ICKD(nn.Module):
     *Needs*: a map or tokens of each; the last before the pooling.
     *Relates to*: use weight 2.5 beside `ce`; add `kd`. `sp` does the same among examples and needs a batch, `nst`
         compares channels as a set.
-    *Differs*: see the card.
     """
 
     def __init__(
@@ -43,8 +39,7 @@ class ICKD(nn.Module):
         super().__init__()
         require(grid >= 1, "grid", grid, ">= 1")
         self.grid, self.layer = grid, layer
-        student = student_feats[pick("layer", student_feats, layer, "student")]
-        teacher = teacher_feats[pick("layer", teacher_feats, layer, "teacher")]
+        student, teacher = picked(student_feats, teacher_feats, layer)
         self.connector = Connector(width(student), width(teacher))
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
@@ -57,15 +52,3 @@ class ICKD(nn.Module):
     def _correlation(self, feature: Tensor) -> Tensor:
         """[B, patches, C, C], each row of unit length."""
         return F.normalize(gram(patches(feature, self.grid)), dim=-1)
-
-
-def patches(feature: Tensor, grid: int) -> Tensor:
-    """[B, grid^2, C, places in a patch]; the whole feature, of any kind, where grid is 1."""
-    if grid == 1:
-        return tokens(feature).mT.unsqueeze(1)
-    picture = as_map(feature)
-    if picture.shape[2] % grid or picture.shape[3] % grid:
-        raise BadInput(f"`grid` {grid} does not divide a map of {picture.shape[2]} x {picture.shape[3]}")
-    split = picture.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))  # [B, C, grid, h, grid, w]
-    out: Tensor = split.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
-    return out

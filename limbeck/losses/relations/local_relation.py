@@ -1,14 +1,12 @@
 """Regions of feature maps relate to each other, within an image and across the batch, as the teacher's regions do."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.features import as_map, pick
-from limbeck.core.layerwise import counted
+from limbeck.core.features import as_map
+from limbeck.core.layerwise import counted, picked
 from limbeck.core.maths import gram, upcast
 
 
@@ -44,19 +42,17 @@ def local_relation(
 
     *Needs*: one feature of each: maps, or tokens that make a square picture.
     *Relates to*: weight 1 to 100 beside `ce` and `kd`. `sp` relates whole images, `trg` tokens to their neighbours.
-    *Differs*: see the card.
     """
     require(grid >= 1, "grid", grid, ">= 1")
     require(cap >= 1, "cap", cap, ">= 1")
     weights = {"inside_weight": inside_weight, "same_weight": same_weight, "across_weight": across_weight}
     for name, weight in weights.items():
         require(weight >= 0, name, weight, ">= 0")
-    student = student_feats[pick("layer", student_feats, layer, "student")]
-    teacher = teacher_feats[pick("layer", teacher_feats, layer, "teacher")].detach()
+    student, teacher = picked(student_feats, teacher_feats, layer)
     counts = counted(mask, student)
     sizes = [as_map(x).shape[2:] for x in (student, teacher)]
     side = (min(grid, *(s[0] for s in sizes)), min(grid, *(s[1] for s in sizes)))
-    mine, aims = _regions(student, side, counts), _regions(teacher, side, counts)
+    mine, aims = _regions(student, side, counts), _regions(teacher.detach(), side, counts)
     pairs = counts.unsqueeze(1) & counts
     inside = _apart(gram(mine), gram(aims), counts[:, None, None])
     same = _apart(gram(mine.transpose(0, 1)), gram(aims.transpose(0, 1)), pairs)

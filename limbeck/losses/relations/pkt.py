@@ -30,7 +30,6 @@ def pkt(student_emb: Tensor, teacher_emb: Tensor, mask: Tensor | None = None) ->
     *Needs*: embeddings of both. One example says nothing.
     *Relates to*: use weight 30000 beside `ce` at 64 examples: the mean over N^2 entries is small. `rkd` and `sp` keep
         the same kind of knowledge by distances and by plain similarities.
-    *Differs*: see the card.
     """
     counts = counted(mask, student_emb)
     p, q = _neighbours(teacher_emb.detach(), counts), _neighbours(student_emb, counts)

@@ -32,7 +32,6 @@ def rkd(
     *Needs*: embeddings of both, at least 3 examples (2 have one distance and no angle: the loss is 0).
     *Relates to*: alone (1 and 2, no task loss) for metric learning; for classification beside `ce` and `kd`. Use `crd`
         when examples should also be told apart, `fitnets` when coordinates matter.
-    *Differs*: see the card.
     """
     require(distance_weight >= 0, "distance_weight", distance_weight, ">= 0")
     require(angle_weight >= 0, "angle_weight", angle_weight, ">= 0")

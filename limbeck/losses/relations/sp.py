@@ -37,7 +37,6 @@ def sp(
         example says nothing, 64 and more are usual.
     *Relates to*: use weight 3000 beside `ce` at 64 examples. Use `rkd` for distances and angles of embeddings, `pkt`
         for probabilities, `ickd` for the same among channels.
-    *Differs*: see the card.
     """
     pairs = paired(student_feats, teacher_feats, layers)
     return torch.stack([_apart(student, teacher.detach(), mask) for student, teacher in pairs]).sum()

@@ -41,7 +41,6 @@ class TRG(nn.Module):
         Batches of 64 and more.
     *Relates to*: weight 0.1 to 10 beside `ce` and `kd`. `rkd` and `sp` relate whole images; this helps rare classes,
         whose tokens have company where the images have none.
-    *Differs*: see the card.
     """
 
     def __init__(

@@ -26,7 +26,6 @@ def multilabel(student_logits: Tensor, labels: Tensor, *, threshold: float = 0.5
 
     *Needs*: labels as 0 and 1 for every class, or class indices. *Relates to*: `accuracy` where exactly one class is
         present. map is the stricter of the two where positives are rare.
-    *Differs*: see the card.
     """
     require(0 < threshold < 1, "threshold", threshold, "in (0, 1)")
     require(len(labels) > 0, "labels", tuple(labels.shape), "the labels of at least one example")

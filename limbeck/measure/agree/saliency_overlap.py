@@ -30,7 +30,6 @@ def saliency_overlap(
     *Needs*: class maps of both; where a recipe measures it, they are Grad-CAM (`grad_cam` in core/places) at the last
         of the network's feats that has places; labels as 0 and 1, or class indices. *Relates to*: `agreement` for what
         they say, not why.
-    *Differs*: see the card.
     """
     require(0 < threshold < 1, "threshold", threshold, "in (0, 1)")
     size = (min(student_map.shape[2], teacher_map.shape[2]), min(student_map.shape[3], teacher_map.shape[3]))

@@ -50,7 +50,6 @@ class DMAE:
     *Needs*: vision transformers with the same number of patches, which return `feats` of tokens; a teacher at hand, in
         the paper one that was a masked autoencoder itself.
     *Relates to*: use it where pictures are many and labels few. With `kd` in `match` the teacher speaks in both stages.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("ce",)

@@ -49,7 +49,6 @@ class DMJD:
 
     *Needs*: a vision transformer which returns `feats` of tokens; for `teacher` another of as many patches, at hand.
     *Relates to*: `dmae` compares inner features of shown patches alone; its teacher is cheaper, for it sees no more.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("ce",)

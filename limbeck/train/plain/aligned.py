@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from limbeck.core.adapt import gradient
 from limbeck.core.card import method
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
@@ -31,8 +31,7 @@ class Aligned:
 
     match: losses as in `distill`; the first leads.
 
-    *Needs*: what the losses need, at least two of them, and one more backward pass. With several micro-batches or
-        processes c is that of each on its own.
+    *Needs*: two or more losses and what they need, one more backward pass. Every micro-batch or process has its own c.
     *Relates to*: `dhkd` after `ce`, or any loss that is suspected to work against the labels. `distill` otherwise.
     """
 
@@ -56,17 +55,8 @@ class Aligned:
         """One turn of the student."""
         parts = self.pair.parts(nets, batch, clock.progress)
         first, *others = parts
-        g1 = _gradient(nets, parts[first].value)
-        g2 = _gradient(nets, torch.stack([parts[name].value for name in others]).sum())
+        params, rest = nets.params("student"), torch.stack([parts[name].value for name in others]).sum()
+        g1, g2 = gradient(parts[first].value, params), gradient(rest, params)
         along, length = (sum((a * b).sum() for a, b in zip(g1, g, strict=True)) for g in (g2, g1))
         c = torch.as_tensor(along).clamp_max(0) / torch.as_tensor(length).clamp_min(1e-30)
         yield "student", {**parts, first: (1 - c) * parts[first]}
-
-
-def _gradient(nets: Nets, loss: Tensor) -> list[Tensor]:
-    """With respect to every weight that the student's turn may change; 0 where there is none."""
-    params = nets.params("student")
-    if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in params]
-    found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]

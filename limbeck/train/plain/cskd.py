@@ -53,7 +53,6 @@ class CSKD:
         maps or a square picture of tokens; labels.
     *Relates to*: made for convolutional teachers of vision transformers, with strong augmentation and long training.
         With dense_weight 0 it is hard-label distillation (DeiT); `ofa_kd` reads inner layers, too.
-    *Differs*: see the card.
     """
 
     alpha: float = 0.5

@@ -45,7 +45,6 @@ class E2KD:
         square pictures of tokens, on the way to the logits. Best where the network still has places, before pooling.
     *Relates to*: use it with few labels or where teacher and student may learn shortcuts. `at` compares where features
         are strong, whatever they are for; `kd` is this with weight 0.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ({"kd": {"temperature": 1.0}},)

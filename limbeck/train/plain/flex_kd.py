@@ -45,7 +45,6 @@ class FlexKD:
         the student. Batches of 16 and more examples, or of texts.
     *Relates to*: `fitnets` learns a projector instead; use this where that distorts more than it helps, as with wide
         language models and few examples.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("ce", "kd")

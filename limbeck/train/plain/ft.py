@@ -47,7 +47,6 @@ class FT:
 
     *Needs*: nets.student and nets.teacher with maps in `feats` (tokens: a square number); the paper takes the last.
     *Relates to*: `fitnets` is one stage and compares features themselves; use this where they are of different kinds.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("ce",)

@@ -43,7 +43,6 @@ class NORM:
 
     *Needs*: both networks end in the mean over a map and a linear classifier, or just a linear classifier.
     *Relates to*: use it instead of `fitnets` or `srd` on the last feature when the teacher is much wider.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("ce", "kd")

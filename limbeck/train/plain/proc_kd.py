@@ -46,7 +46,6 @@ class ProCKD:
     *Needs*: a teacher at hand with `feats`; a student whose logits a linear layer gives. Their classes may differ.
     *Relates to*: use it when no teacher knows the task itself. `fitnets` copies features picture by picture, also
         across tasks, and leaves the student as it was.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("ce",)

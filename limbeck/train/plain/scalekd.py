@@ -44,7 +44,6 @@ class ScaleKD:
     *Needs*: the last two features of each network, the teacher's a sequence or map; a teacher at hand, not a store.
     *Relates to*: for strong transformer teachers of any student. `dual_view` alone goes with any other losses; `ofa_kd`
         needs nothing but the teacher's logits.
-    *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ({"ce": 0.5}, {"kd": {"weight": 0.5, "temperature": 1.0}})

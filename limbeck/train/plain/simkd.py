@@ -35,7 +35,6 @@ class SimKD:
     *Relates to*: use it when the student may grow a little, with a learning rate about ten times that of cross-entropy,
         since the mean over so many differences is small. `srrl` learns from the same classifier and leaves the student
         as it was; `fitnets` needs none.
-    *Differs*: see the card.
     """
 
     factor: int = 2

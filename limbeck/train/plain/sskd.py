@@ -45,7 +45,6 @@ class SSKD:
 
     *Needs*: square pictures that are not mirrored or turned as a class of their own; embeddings of both networks.
     *Relates to*: use it with few or noisy labels. `crd` contrasts without turned copies, at a quarter of the time.
-    *Differs*: see the card.
     """
 
     ce_weight: float = 0.1

@@ -35,7 +35,6 @@ class Stagewise:
     *Needs*: nets.student, nets.teacher, and what the losses ask for.
     *Relates to*: use `distill` to have all losses at once, which is simpler and mostly as good; in stages the first
         loss cannot stand in the way of the labels, and needs no weight against them.
-    *Differs*: see the card.
     """
 
     first: tuple[Any, ...] = ("fitnets",)

@@ -77,7 +77,6 @@ class TGeoKD:
         held-out examples. Not for students in shards.
     *Relates to*: use it where labels or the teacher are wrong in places; `wsld` weighs by a formula, and `distill` with
         a constant weight is the case that this should beat.
-    *Differs*: see the card.
     """
 
     temperature: float = 4.0

@@ -43,7 +43,6 @@ class Transfer:
     *Relates to*: kd at temperature 1 in `distill` for the plain transfer that forgets, with `ce` beside it for the
         XE-KL variant, with `train: {ema: 0.9999}` for weights held back by a moving average (MCL). `lwf` keeps
         old tasks. Report accuracy after minus before: positive means that the teacher had something to give.
-    *Differs*: see the card.
     """
 
     labelled: bool = True

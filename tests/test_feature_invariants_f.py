@@ -267,12 +267,15 @@ class Made(nn.Module):
         return {"logits": inputs, "feats": [1.0 * f for f in self.feats]}
 
 
+PAIRS = dict.fromkeys(("inputs", "labels"), torch.zeros(3, 1, 4, 4))
+
+
 def cooperating() -> tuple[Nets, dict[str, Any]]:
     given = vector("dcd_gan", "cooperated")
     student, wide = ([torch.tensor(f) for f in given[k]] for k in ("student", "wide"))
     nets = Nets(student=Made(student), generator=Made(wide), discriminator=Judge())
     nets.discriminator.layers.load_state_dict({k: torch.tensor(v) for k, v in given["discriminator"].items()})
-    DCDGAN(style=0, perceptual=0).setup(nets, {"inputs": torch.zeros(3, 1, 4, 4)})
+    DCDGAN(style=0, perceptual=0).setup(nets, PAIRS)
     for who, states in given["connectors"].items():
         for one, state in zip(nets.connectors[who], states, strict=True):
             one.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
@@ -344,9 +347,9 @@ def test_dcd_gan_student_steps_leave_the_discriminator_and_the_wide_generator_as
 def test_dcd_gan_says_what_is_missing() -> None:
     nets = Nets(student=Made([torch.zeros(1, 2, 4, 4)]), generator=Made([]), discriminator=Judge())
     with pytest.raises(BadInput, match="`features`"):
-        DCDGAN().setup(nets, {"inputs": torch.zeros(3, 1, 4, 4)})
+        DCDGAN().setup(nets, PAIRS)
     with pytest.raises(BadInput, match="the student has 1, the generator 0"):
-        DCDGAN(style=0, perceptual=0).setup(nets, {"inputs": torch.zeros(3, 1, 4, 4)})
+        DCDGAN(style=0, perceptual=0).setup(nets, PAIRS)
 
 
 # ---- dmjd

@@ -17,7 +17,7 @@ from limbeck.zoo.nets import DENOISERS, NETS, build
 from limbeck.zoo.transformer import rotate
 
 TOKENS = ("bag", "text_cnn", "text_encoder", "tiny_lm")
-PICTURES = [name for name in NETS if name not in (*TOKENS, *DENOISERS, "generator")]
+PICTURES = [name for name in NETS if name not in (*TOKENS, *DENOISERS, "generator", "painter", "patch_judge")]
 
 
 def count(module: nn.Module) -> int:

@@ -1,18 +1,19 @@
-"""Other tasks from the same examples: several labels a picture; few labels among unlabelled and unknown classes."""
+"""Other tasks from the same examples: several labels a picture; pairs of pictures; few labels among unlabelled and
+unknown classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from limbeck.core.batches import Splits, Table, generator
 from limbeck.core.errors import BadInput, nearest
 
-__all__ = ["UNLABELLED", "labelled", "mosaics", "of_classes"]
+__all__ = ["DEGRADE", "UNLABELLED", "degraded", "labelled", "mosaics", "of_classes"]
 
 UNLABELLED = -100  # what losses on labels leave out
 
@@ -43,6 +44,69 @@ def mosaics(table: Table, side: int, seed: int) -> Table:
     inputs = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).contiguous()
     present = F.one_hot(labels[order], table.num_classes).amax(1).float()
     return replace(table, columns={"inputs": inputs, "labels": present}, rows=None)
+
+
+def _blur(x: Tensor, deviation: float, _: Generator) -> Tensor:
+    reach = max(1, round(3 * deviation))
+    bell = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * deviation**2))
+    bell = (bell / bell.sum()).expand(x.shape[1], 1, -1)
+    x = F.pad(x, [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(x, bell[..., None], groups=x.shape[1]), bell[:, :, None], groups=x.shape[1])
+
+
+def _downsample(x: Tensor, factor: float, _: Generator) -> Tensor:
+    small = F.interpolate(x, [max(1, round(side / factor)) for side in x.shape[-2:]], mode="area")
+    return F.interpolate(small, x.shape[-2:], mode="nearest")
+
+
+def _noise(x: Tensor, deviation: float, draw: Generator) -> Tensor:
+    return x + deviation * torch.randn(x.shape, generator=draw)
+
+
+def _grey(x: Tensor, share: float, _: Generator) -> Tensor:
+    if x.shape[1] == 1:
+        raise BadInput("`degrade` by grey is for pictures in colour; these have one channel")
+    return x.lerp(x.mean(1, keepdim=True).expand_as(x), share)
+
+
+def _edges(x: Tensor, steepness: float, _: Generator) -> Tensor:
+    padded = F.pad(x, [1] * 4, mode="replicate")
+    across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    return (across.square() + down.square() > steepness**2).to(x.dtype)
+
+
+# How to make a picture [N, C, H, W] worse, whose white is 1, and the usual number: deviation in pixels; how many times
+# smaller; deviation of what is added; share of the colour that goes; steepness a pixel from which on there is an edge.
+DEGRADE: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], float]] = {
+    "blur": (_blur, 1.5),
+    "downsample": (_downsample, 4.0),
+    "noise": (_noise, 0.3),
+    "grey": (_grey, 1.0),
+    "edges": (_edges, 0.15),
+}
+
+
+def degraded(table: Table, spec: str | Mapping[str, float], seed: int | tuple[int, ...]) -> Table:
+    """Pairs of pictures: inputs [N, C, H, W] are what `spec` makes of the pictures, labels the pictures themselves."""
+    if table.kind != "images":
+        raise BadInput(f"`degrade` is for pictures, but {table.name} holds {table.kind}")
+    told = {spec: None} if isinstance(spec, str) else dict(spec)
+    if len(told) != 1:
+        raise BadInput(f"`degrade` takes one of {', '.join(DEGRADE)}, got {spec!r}")
+    ((name, given),) = told.items()
+    if name not in DEGRADE:
+        raise BadInput(f"`degrade` knows no {name!r}{nearest(name, DEGRADE)}; it takes one of {', '.join(DEGRADE)}")
+    function, usual = DEGRADE[name]
+    number = usual if given is None else given
+    if not number > 0:
+        raise BadInput(f"`degrade` by {name} must have a number > 0, got {number}")
+    x = table["inputs"]
+    clean = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    pieces = clean.split(4096)
+    draw = generator("degrade", *(seed if isinstance(seed, tuple) else (seed,)))
+    inputs = torch.cat([function(piece, number, draw) for piece in pieces]).contiguous()
+    return replace(table, columns={**table.columns, "inputs": inputs, "labels": clean}, classes=None)
 
 
 def of_classes(splits: Splits, wanted: Sequence[int | str]) -> Splits:

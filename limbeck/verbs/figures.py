@@ -10,15 +10,17 @@ from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Spec
 from limbeck.verbs.robust import SEVERITIES
 
-TOLD = {"student_logits", "teacher_logits", "student_map", "teacher_map", "labels"}  # what measures may ask for
+# what measures may ask for where there are class labels or none, and where labels are pictures
+TOLD = {"student_logits", "teacher_logits", "student_map", "teacher_map", "labels"}
+SHOWN = {"student_picture", "real_picture", "student_samples", "real_samples"}
 COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
 
 
-def figures(spec: Spec, classes: int = 2, *, teacher: bool = True) -> list[str]:
+def figures(spec: Spec, classes: int = 2, *, teacher: bool = True, paired: bool | None = None) -> list[str]:
     """The names of the numbers that a measure gives, [] when it is left out: costs, and what needs an absent teacher.
 
-    Raises BadInput for a measure that does not exist or asks for what a classifier does not give, and ValueError for a
-    knob out of its range.
+    paired: whether labels are pictures, None when that is not known yet. Raises BadInput for a measure that does not
+    exist or asks for what there is not, and ValueError for a knob out of its range.
     """
     name, given = knobs.split(spec, "measure")
     if name in COSTS:
@@ -35,9 +37,12 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True) -> list[str]:
     have |= dict.fromkeys(("student_map", "teacher_map"), rows[:, :, None, None])
     if find.folder(name) == "measure/robust":
         have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)
-    lacking = [n for n in asks if n not in have]
+    have |= dict.fromkeys(SHOWN, rows[:, :, None, None])
+    able = SHOWN if paired else TOLD if paired is False else TOLD | SHOWN
+    lacking = [n for n in asks if n not in able]
     if lacking:
-        raise BadInput(f"`{name}` asks for {', '.join(lacking)}, which no classifier gives")
+        told = "but labels here are pictures; `psnr` compares such" if paired else "which no classifier gives"
+        raise BadInput(f"`{name}` asks for {', '.join(lacking)}, {told}")
     values = measure(*[have[n] for n in asks], **given)
     return list(values) if isinstance(values, Mapping) else [name]
 
@@ -46,7 +51,7 @@ def measure_of(figure: str) -> str:
     """The measure that gives a number: calibration for "ece". Raises BadInput with the nearest numbers."""
     known: dict[str, str] = {}
     for name in find.names():
-        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD:
+        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD | SHOWN:
             known |= dict.fromkeys(figures(name), name)
     if figure not in known:
         raise BadInput(f"no measure gives {figure!r}{nearest(figure, known)}")

@@ -182,7 +182,9 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         seconds = trained.seconds
         save_network(module, folder, None)
     figures = cost(module, one(setting.splits.test))
-    metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
+    metrics = judge(
+        module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher, setting.eye()
+    )
     outcome = outcome_of(label(setting.recipe, arm), metrics, figures, seconds)
     outcome.sizes |= module.sizes() if hasattr(module, "sizes") else {}  # type: ignore[operator]
     return outcome, module

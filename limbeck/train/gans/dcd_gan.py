@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.adversarial import check_pictures, hinge, shown, verdict
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import per_example
@@ -44,8 +45,8 @@ class DCDGAN:
 
     *Needs*: batches whose `labels` are pictures [B, C, H, W]; nets.student and nets.generator with as many `feats`;
         nets.discriminator, convolutional, with `feats`; nets.features, a classifier with `feats`, which stays as it is.
-    *Relates to*: `fitnets` in `distill` compares such features without asking anybody how they look.
-    *Differs*: see the card.
+    *Relates to*: `pix2pix` is how the wide generator learns, and a small one would alone. `fitnets` in `distill`
+        compares such features without asking anybody how they look.
     """
 
     weight: float = 1.0
@@ -74,23 +75,17 @@ class DCDGAN:
         if (self.style or self.perceptual) and "features" not in nets:
             raise BadInput("`style` and `perceptual` need a network `features`: name one, or set both to 0")
         nets.freeze(*(name for name in nets if name == "features"))
+        for who in ("student", "generator"):
+            check_pictures(nets, who, probe)
         with torch.no_grad(), evaluating(*nets.modules.values()):
             student, wide = nets.run("student", probe), nets.run("generator", probe)
-            read = self.shown(probe["inputs"], wide["logits"]).shape[1]
+            read = shown(probe["inputs"], wide["logits"], self.paired).shape[1]
         if (ours := len(student["feats"])) != (theirs := len(wide["feats"])):
             raise BadInput(f"`dcd_gan` pairs features: the student has {ours}, the generator {theirs}; tap as many")
         nets.connectors = nn.ModuleDict()
         for who, out in (("student", student), ("generator", wide)):
             nets.connectors[who] = nn.ModuleList(connector(f.shape[1], read) for f in out["feats"])
         nets.companions["student"] = ["connectors"]
-
-    def shown(self, inputs: Tensor, picture: Tensor) -> Tensor:
-        """What the discriminator gets."""
-        return torch.cat([inputs, picture], 1) if self.paired else picture
-
-    def verdict(self, nets: Nets, inputs: Tensor, picture: Tensor) -> Tensor:
-        """How real the discriminator takes each place of a picture to be: [B, ...]."""
-        return upcast(nets.run("discriminator", {"inputs": self.shown(inputs, picture)})["logits"])
 
     def cooperated(self, nets: Nets, student: list[Tensor], wide: list[Tensor]) -> Tensor:
         """sum_l mean |a(D(c_S,l)) - a(D(c_T,l))|: [B]."""
@@ -119,9 +114,9 @@ class DCDGAN:
         wide = nets.run("generator", batch)
         made: Tensor = wide["logits"]
         if clock.t % self.every == 0:
-            fake, true = (self.verdict(nets, inputs, p) for p in (made.detach(), real))
+            fake, true = (verdict(nets, inputs, p, self.paired) for p in (made.detach(), real))
             yield "discriminator", 0.5 * mean(hinge(-fake) + hinge(true), mask)
-            fooled = per_example(self.verdict(nets, inputs, made))
+            fooled = per_example(verdict(nets, inputs, made, self.paired))
             pixels = mean(per_example((upcast(made) - real).abs()), mask)
             yield "generator", {"adversarial": -self.adversarial * mean(fooled, mask), "pixels": self.pixels * pixels}
         small = nets.run("student", batch)
@@ -129,7 +124,8 @@ class DCDGAN:
         if self.weight:
             parts["cooperated"] = self.weight * mean(self.cooperated(nets, small["feats"], wide["feats"]), mask)
         if self.gan:
-            parts["gan"] = -self.gan * mean(per_example(self.verdict(nets, inputs, small["logits"])), mask)
+            fooled = per_example(verdict(nets, inputs, small["logits"], self.paired))
+            parts["gan"] = -self.gan * mean(fooled, mask)
         yield "student", parts
 
 
@@ -138,11 +134,6 @@ def connector(width: int, out: int) -> nn.Module:
     convolution = nn.Conv2d(width, out, 1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
     return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU())
-
-
-def hinge(scores: Tensor) -> Tensor:
-    """Mean of max(0, 1 - score): [B, ...] -> [B]."""
-    return per_example((1 - scores).clamp_min(0))
 
 
 def texture(maps: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 
@@ -24,6 +26,7 @@ from limbeck.core.errors import BadInput, nearest
 
 Verb = Literal["teach", "shorten", "condense", "shape", "label", "train", "evaluate"]
 Spec = str | dict[str, Any]
+SERVER = "server"  # the `net` of a teacher that is asked over the wire
 Keys = tuple[Any, ...]  # of keys and list places from the top of a recipe, such as ("stages", 0, "train", "epochs")
 
 
@@ -77,7 +80,8 @@ class _Strict(BaseModel):
 class Net(BaseModel):
     """A network: `resnet20`, or {net: resnet20, width: 16, weights: file.safetensors}.
 
-    Further keys are options of the network's builder.
+    Further keys are options of the network's builder. A teacher behind an OpenAI-compatible server is written
+    {url: http://localhost:8000/v1, model: NAME, top: 20}; further keys are then options of `limbeck.adapters.remote`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=_or_name)
@@ -89,11 +93,33 @@ class Net(BaseModel):
         None, description="of a teacher without weights: train it first, on the recipe's data"
     )
     data: dict[str, Any] = Field(default_factory=dict, description="changes to `data` for that training")
+    tokenizer: str | None = Field(
+        None, description="of a teacher of texts: its own, where it is not the one of `data`; as `data.tokenizer`"
+    )
+
+    @model_serializer(mode="wrap")
+    def _told(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = usual(self)
+        if body.get("tokenizer", "") is None:  # evidence is older than this key
+            del body["tokenizer"]
+        return body
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "url" in value and "net" not in value:
+            value = {"net": SERVER, **value}
         return {"net": value} if isinstance(value, str) else value
+
+    @property
+    def served(self) -> bool:
+        """Whether it is behind a server, and no network that is built here."""
+        return self.net == SERVER
+
+    @property
+    def title(self) -> str:
+        """What it is called in reports: its network, or the model that a server knows it as."""
+        return str(self.options.get("model", self.net)) if self.served else self.net
 
     @property
     def options(self) -> dict[str, Any]:
@@ -157,11 +183,26 @@ class Store(_Strict):
     """Teacher signals on disk. `teach` with a store reads it, and captures what is missing when a teacher is given."""
 
     folder: str = Field("", description="default: a folder beside the runs, named by teacher and data")
+    kind: Spec | None = Field(
+        None,
+        description="of texts, what is kept of every place: sampled, topk, full, hidden, embedding, or "
+        "{topk: {k: 64}}; the keys below are then not told",
+    )
     topk: int = Field(0, ge=0, description="entries kept a place; 0 keeps all classes")
     views: int = Field(1, gt=0, description="augmented views of each example")
     augment: list[Any] = Field(default_factory=list, description="drawn once a view and stored with it")
     bits: Literal[8, 16, 32] = Field(16, description="of a stored log-probability")
     crops: int = Field(1, gt=0, description="views of an example in one batch")
+
+    @model_validator(mode="after")
+    def _one_sort(self) -> "Store":
+        other = sorted(self.model_fields_set - {"folder", "kind"})
+        if self.kind is not None and other:
+            named = self.kind if isinstance(self.kind, str) else next(iter(self.kind), "topk")
+            raise ValueError(
+                f"`{other[0]}` is of stores without a `kind`; knobs of a kind are written {{{named}: {{knob: value}}}}"
+            )
+        return self
 
 
 class Judge(_Strict):
@@ -282,6 +323,8 @@ Net.model_rebuild()
 def _usual(body: dict[str, Any]) -> dict[str, Any]:
     """Without keys that evidence is older than, where they say what was done before them."""
     told = {key: value for key, value in body.items() if (key, value) not in (("split", "test"), ("beside", {}))}
+    if told.get("store") is not None:
+        told["store"] = {key: value for key, value in told["store"].items() if (key, value) != ("kind", None)}
     return told | {"stages": [_usual(stage) for stage in body["stages"]]}
 
 

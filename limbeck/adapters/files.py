@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from limbeck.adapters import embedded, tasks, words
+from limbeck.adapters import chats, embedded, pairing, tasks, words
 from limbeck.adapters.readers import SPLITS, Raw, from_rows, join, read, rows_of, stream_files
 from limbeck.core.batches import Splits, Stream, Table, Tokenizer, generator, split
 from limbeck.core.errors import BadInput, MissingExtra, nearest
@@ -36,7 +36,8 @@ class Source:
     `sentiment_small/sst2` for one of several sets in it), or `hub:NAME`, such as `hub:nyu-mll/glue`.
     variant: one of several sets in a folder, or the configuration of a hub set.
     inputs, labels: column names; found by their usual names when left out. Several inputs make vectors or joined texts.
-    kind: images, text (classification), language (next token), vectors, tokens or rows; told by the data when left out.
+    kind: images, text (classification), language (next token), chat (next token of what the assistant says), vectors,
+    tokens or rows; told by the data when left out, but for chat.
     classes: how many classes there are, when the labels must be kept as they are, or their names in order; else labels
     are numbered 0, 1, ... in sorted order.
     split: parts for train, validation and test, used where the source does not say: a source with its own test set
@@ -46,19 +47,22 @@ class Source:
     known: classes of the task by name or number; training examples of others stay, unlabelled (label -100).
     labelled: so many training examples of each class keep their label, the others are unlabelled.
     mosaic: so many pictures a side are put together in one, whose labels are 0 or 1 for every class.
+    degrade: makes pairs of pictures: inputs are the pictures by `blur`, `downsample`, `noise`, `grey` or `edges`, or by
+    one with its number, such as {blur: 1.5}; labels are the pictures themselves.
     size: side of pictures in pixels (cropped to a square, resized). channels: 1 or 3; as the files have it if left out.
     normalise: bring every channel or feature to mean 0 and deviation 1 over the training set. mean, std: instead of
     the training set's, in the scale where white is 1; one number a channel.
-    tokenizer: chars, words, bytes, hash, or a transformers tokenizer by folder or hub name.
-    vocab: most words kept, >= 3.
-    length: tokens of a stretch (language), or most tokens of a text (classification), >= 1.
+    tokenizer: chars, words, bytes, bpe, hash, or a transformers tokenizer by folder or hub name.
+    vocab: most words kept, >= 3; ids of bpe, > 257, which may also be said with its name: bpe:512.
+    length: tokens of a stretch (language), or most tokens of a text (classification, chat), >= 1.
+    pack: several short conversations share a row of `length` tokens, each read as if it were alone; limits count rows.
     """
 
     name: str
     variant: str | None = None
     inputs: str | list[str] | None = None
     labels: str | None = None
-    kind: Literal["images", "text", "language", "vectors", "tokens", "rows"] | None = None
+    kind: Literal["images", "text", "language", "chat", "vectors", "tokens", "rows"] | None = None
     classes: Count | list[str] | None = None
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     seed: int = 0
@@ -68,6 +72,7 @@ class Source:
     known: tuple[int | str, ...] = ()
     labelled: Count | None = None
     mosaic: Count = 1
+    degrade: str | dict[str, float] | None = None
     size: Count | None = None
     channels: Literal[1, 3] | None = None
     normalise: bool = True
@@ -76,6 +81,7 @@ class Source:
     tokenizer: str | None = None
     vocab: Annotated[int, Field(ge=3)] = 8192
     length: Count = 64
+    pack: bool = False
 
 
 def _source(spec: str | Path | Mapping[str, Any] | Source) -> Source:
@@ -98,8 +104,18 @@ def _source(spec: str | Path | Mapping[str, Any] | Source) -> Source:
         raise BadInput(f"data option `{key}`: {first['msg']}, got {given.get(key)!r}") from None
 
 
-def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
-    """Train, validation and test tables of a name, a path, or a mapping with the fields of `Source`."""
+def load(
+    spec: str | Path | Mapping[str, Any] | Source,
+    *,
+    teacher_tokenizer: str | Tokenizer | None = None,
+    constants: Sequence[str] = ("same_words",),
+    note: Callable[[str], None] | None = None,
+) -> Splits:
+    """Train, validation and test tables of a name, a path, or a mapping with the fields of `Source`.
+
+    teacher_tokenizer: a second one, by name or as an object, in whose tokens texts are given once more, and constants:
+    what else is wanted of the two (see `adapters.pairing`); note: told what of the texts could be aligned.
+    """
     source = _source(spec)
     raws, source = _find(source)
     if source.kind:
@@ -110,7 +126,12 @@ def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
     if len({raw.kind for raw in raws.values()}) > 1:
         raise BadInput(f"the splits of {source.name} differ in kind: { {k: r.kind for k, r in raws.items()} }")
     kind = next(iter(raws.values())).kind
-    splits = _language(raws, source) if kind == "language" else _examples(raws, source, kind)
+    if kind == "language":
+        splits, teacher_tokenizer = _language(raws, source, teacher_tokenizer)
+    elif kind == "chat":
+        splits = _chats(raws, source, note)
+    else:
+        splits = _examples(raws, source, kind)
     mean, std = _scale(splits.train["inputs"], source) if kind in ("images", "vectors") else ((), ())
     if source.known:
         splits = tasks.of_classes(splits, source.known)
@@ -123,9 +144,13 @@ def load(spec: str | Path | Mapping[str, Any] | Source) -> Splits:
     )
     if source.labelled is not None:
         splits = splits._replace(train=tasks.labelled(splits.train, source.labelled, source.seed))
+    if source.degrade is not None:
+        splits = Splits(*(tasks.degraded(table, source.degrade, (source.seed, i)) for i, table in enumerate(splits)))
     if kind in ("images", "vectors"):
         splits = Splits(*(_scaled(table, mean, std) for table in splits))
     splits.train.check()
+    if teacher_tokenizer is not None:
+        return pairing.retell_all(splits, teacher_tokenizer, note, constants)
     return splits
 
 
@@ -418,12 +443,15 @@ def _scale(x: Tensor, source: Source) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def _scaled(table: Table, mean: tuple[float, ...], std: tuple[float, ...]) -> Table:
-    """The table with float inputs, (x - mean) / std."""
-    x = _floats(table["inputs"])
-    if mean:
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        x = (x - torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
-    return replace(table, columns={**table.columns, "inputs": x}, mean=mean, std=std)
+    """The table with float inputs, (x - mean) / std, and labels of that scale where they are pictures."""
+    columns = dict(table.columns)
+    for name in ("inputs", "labels") if table.paired else ("inputs",):
+        x = _floats(columns[name])
+        if mean:
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            x = (x - torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+        columns[name] = x
+    return replace(table, columns=columns, mean=mean, std=std)
 
 
 # text
@@ -440,8 +468,13 @@ def _tokenised(splits: Splits, lines: list[str], source: Source) -> Splits:
     return Splits(*(encoded(table, mine) for table, mine in zip(splits, texts, strict=True)))
 
 
-def _language(raws: dict[str, Raw], source: Source) -> Splits:
-    """Texts cut into train, validation and test stretches by place, since neighbouring stretches are alike."""
+def _language(
+    raws: dict[str, Raw], source: Source, other: str | Tokenizer | None = None
+) -> tuple[Splits, Tokenizer | None]:
+    """Texts cut into train, validation and test stretches by place, since neighbouring stretches are alike.
+
+    other: a second tokenizer, which is made of the same texts where it must see some.
+    """
     joined = {part: "\n".join(map(str, raw.inputs)) for part, raw in raws.items()}
     plan, parts = _cut(raws, source.split)
     if plan == "own":
@@ -454,13 +487,37 @@ def _language(raws: dict[str, Raw], source: Source) -> Splits:
         if plan == "held out":
             texts[2] = joined.get("test", joined.get("validation", ""))
     tokenizer = words.make(source.tokenizer, texts[:1], size=source.vocab, language=True)
+    if isinstance(other, str):
+        other = words.make(other, texts[:1], size=source.vocab, language=True)
     pad = int(getattr(tokenizer, "pad", words.PAD))
 
     def table(text: str) -> Table:
         columns = words.blocks(tokenizer.encode(text), source.length, pad)
         return Table(columns, "tokens", name=source.name, tokenizer=tokenizer)
 
-    return Splits(*map(table, texts))
+    return Splits(*map(table, texts)), other
+
+
+def _chats(raws: dict[str, Raw], source: Source, note: Callable[[str], None] | None) -> Splits:
+    """Conversations in tokens; those with no word of the assistant within `length` are left out and counted."""
+    inputs = source.inputs[0] if isinstance(source.inputs, list) else source.inputs
+    if any(raw.rows is None for raw in raws.values()):
+        raise BadInput(f"{source.name} has no rows, so it holds no conversations")
+    splits = _examples({part: Raw("rows", rows=raw.rows) for part, raw in raws.items()}, source, "rows")
+    spoken = [chats.dialogues(t.rows, source.name, inputs, source.labels) if t.rows else [] for t in splits]
+    texts = [str(message["content"]) for messages in spoken[0] for message in messages]
+    tokenizer = words.make(source.tokenizer, texts, size=source.vocab, language=True)
+    pad = int(getattr(tokenizer, "pad", words.PAD))
+    tables, lost = [], 0
+    for table, talks in zip(splits, spoken, strict=True):
+        coded = [chats.encoded(tokenizer, messages) for messages in talks]
+        columns, first, left_out = chats.columns(coded, source.length, pad, pack=source.pack)
+        rows = [{"messages": talks[i]} for i in first]
+        tables.append(replace(table, columns=columns, kind="tokens", tokenizer=tokenizer, rows=rows))
+        lost += left_out
+    if lost and note is not None:
+        note(f"{lost} of {sum(map(len, spoken))} conversations say nothing within {source.length} tokens: left out")
+    return Splits(*tables)
 
 
 # streams

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from limbeck.adapters.merges import Merges
 from limbeck.core.batches import Tokenizer
 from limbeck.core.errors import BadInput, MissingExtra
 
-__all__ = ["Bytes", "Chars", "Hashed", "Pretrained", "Words", "blocks", "make", "padded"]
+__all__ = ["Bytes", "Chars", "Hashed", "Merges", "Pretrained", "Words", "blocks", "make", "next_tokens", "padded"]
 
 PAD, UNKNOWN = 0, 1
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -67,6 +68,7 @@ class Bytes:
     """The 256 bytes of UTF-8, counted from 1; id 0 pads. Needs to see no text beforehand and loses nothing."""
 
     size = 257
+    pieces = (b"", *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
         return [1 + byte for byte in text.encode()]
@@ -98,9 +100,10 @@ class Pretrained:
 
 
 def make(name: str | None, texts: Iterable[str], *, size: int, language: bool) -> Tokenizer:
-    """The tokenizer that a recipe names: chars, words, bytes, hash, or a transformers tokenizer by folder or hub name.
+    """The tokenizer that a recipe names: chars, words, bytes, bpe, hash, or a transformers one by folder or hub name.
 
-    texts: the training texts, from which chars and words take their symbols. language: default to chars instead of
+    texts: the training texts, from which chars, words and bpe take their symbols. size: most symbols of words and bpe,
+    which may also be written with the name, bpe:512. language: default to chars instead of
     words, as small language models do.
     """
     name = name or ("chars" if language else "words")
@@ -112,11 +115,20 @@ def make(name: str | None, texts: Iterable[str], *, size: int, language: bool) -
         return Hashed(size)
     if name == "bytes":
         return Bytes()
+    if name == "bpe" or name.startswith("bpe:"):
+        return Merges(texts, _size(name) or size)
     if "/" in name or Path(name).exists():
         return Pretrained(name)
     raise BadInput(
-        f"no tokenizer {name!r}; known: chars, words, bytes, hash, or a folder or hub name such as org/model"
+        f"no tokenizer {name!r}; known: chars, words, bytes, bpe, hash, or a folder or hub name such as org/model"
     )
+
+
+def _size(name: str) -> int:
+    given = name.partition(":")[2]
+    if given and not given.isdigit():
+        raise BadInput(f"bpe takes a number of symbols, as in bpe:512, got {name!r}")
+    return int(given or 0)
 
 
 def padded(tokenizer: Tokenizer, texts: Iterable[str], length: int, *, fixed: bool = False) -> dict[str, Tensor]:
@@ -134,14 +146,19 @@ def padded(tokenizer: Tokenizer, texts: Iterable[str], length: int, *, fixed: bo
     return {"inputs": inputs, "attention_mask": attention}
 
 
+def next_tokens(line: Tensor) -> tuple[Tensor, Tensor]:
+    """inputs, labels [..., T] of tokens [..., T + 1]: here, and nowhere else, a label is the token one place on."""
+    return line[..., :-1], line[..., 1:]
+
+
 def blocks(tokens: Sequence[int] | Tensor, length: int, pad: int = PAD) -> dict[str, Tensor]:
     """A text for next-token prediction, cut into stretches: inputs, labels and mask [N, length].
 
-    Here, and nowhere else, labels are the tokens one place further on. Every token but the first is a label exactly
-    once; the last stretch is padded and its padding masked.
+    Every token but the first is a label exactly once; the last stretch is padded and its padding masked.
     """
     line = torch.as_tensor(tokens, dtype=torch.long)
     count = max(0, -(-(len(line) - 1) // length))
     mask = torch.arange(count * length).view(count, length) < len(line) - 1
     line = torch.cat([line, torch.full((count * length + 1 - len(line),), pad)]) if count else line[:1]
-    return {"inputs": line[:-1].view(count, length), "labels": line[1:].view(count, length), "mask": mask}
+    inputs, labels = next_tokens(line)
+    return {"inputs": inputs.view(count, length), "labels": labels.view(count, length), "mask": mask}

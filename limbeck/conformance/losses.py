@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from limbeck.conformance import toys, training, vectors
 from limbeck.conformance.calling import build, loss, values
 from limbeck.conformance.expect import close, concerns, expect, same_state
-from limbeck.conformance.tensors import WHOLE, B, Inputs, T, change, fresh, leaves, permute, tensors
+from limbeck.conformance.tensors import WHOLE, B, C, Inputs, T, change, fresh, leaves, permute, tensors
 from limbeck.core import find
+from limbeck.core.headloss import Head, Term, head_loss, route
 from limbeck.core.reduce import mean
 from limbeck.train.plain.distill import Distill
 
 HALVES = (torch.bfloat16, torch.float16)
+PLACED = ("student_logits", "student_hidden", "student_vocab_logits")  # a mask is about their places
 
 
 def is_module(method: Any) -> bool:
@@ -180,8 +182,11 @@ def check_gradcheck(name: str) -> None:
         out: Tensor = torch.func.functional_call(call, state, (inputs,))
         return out
 
+    again = 1e-12  # two backward passes may differ in rounding: `head_loss` has the first one's gradients at hand
     expect(
-        torch.autograd.gradcheck(function, points, atol=1e-6, rtol=1e-4, fast_mode=True, raise_exception=True),
+        torch.autograd.gradcheck(
+            function, points, atol=1e-6, rtol=1e-4, nondet_tol=again, fast_mode=True, raise_exception=True
+        ),
         "the gradient is not that of finite differences",
     )
 
@@ -300,8 +305,8 @@ def check_mask(name: str) -> None:
     )
     for lead in leads:
         inputs = tensors(method, lead=lead)
-        shape = inputs["student_logits"].shape[:-1] if "student_logits" in inputs else (B,)
-        mask = torch.arange(shape.numel() if isinstance(shape, torch.Size) else B).view(shape) % 3 != 1
+        shape = next((inputs[k].shape[:-1] for k in PLACED if k in inputs), (B,))
+        mask = torch.arange(torch.Size(shape).numel()).view(shape) % 3 != 1
         runs = []
         for filler in (0.0, 1e3):
             spoiled = change(inputs, lambda key, v: _spoil(key, v, mask, filler))  # noqa: B023
@@ -335,6 +340,83 @@ def check_leading_dimensions(name: str) -> None:
     inputs = tensors(method, lead=(B, T))
     flat = change(inputs, lambda _, v: v.flatten(0, 1))
     close(values(method, inputs).flatten(), values(method, flat), "the loss of [B, T, V]", rtol=1e-12, atol=1e-14)
+
+
+@concerns(lambda method: method.card.head is not None)
+def check_head_form(name: str) -> None:
+    """From hidden states and heads, with the factor it names, it gives the value and gradients of the loss on logits.
+
+    A form may be None for knobs that no term serves, but not for all.
+    """
+    method = find.get(name)
+    compared = False
+    for knobs in ({}, _other_knobs(method)):
+        term = method.card.head(**knobs)
+        for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+            if term is not None:
+                _same_without_logits(method, term, knobs, dtype, rtol)
+                compared = True
+    expect(compared, "the head form is None at its defaults and at other knobs: take `head` off the card")
+
+
+def _other_knobs(method: Any) -> dict[str, Any]:
+    """Every knob at another value than its own, of those that the loss takes."""
+    knobs: dict[str, Any] = {}
+    inputs = tensors(method)
+    for key, p in inspect.signature(method).parameters.items():
+        if p.kind != inspect.Parameter.KEYWORD_ONLY:
+            continue
+        options = get_args(get_type_hints(method)[key]) or (
+            (not p.default,) if isinstance(p.default, bool) else (1.7, 0.37)
+        )
+        for option in options:
+            if option == p.default:
+                continue
+            try:
+                values(method, inputs, {**knobs, key: option})
+            except (ValueError, TypeError):
+                continue
+            knobs[key] = option
+            break
+    return knobs
+
+
+def _same_without_logits(method: Any, term: Term, knobs: dict[str, Any], dtype: torch.dtype, rtol: float) -> None:
+    draw = torch.Generator().manual_seed(11)
+    shapes = {"hidden": (B, T, 4), "head": (C, 4), "head_bias": (C,)}
+    student, teacher = (
+        {k: torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype) for k, shape in shapes.items()}
+        for _ in range(2)
+    )
+    toys = change(tensors(method, lead=(B, T)), lambda _, v: v.to(dtype) if v.is_floating_point() else v)
+    stored = {k: v for k, v in toys.items() if k in ("teacher_ids", "teacher_logprobs", "teacher_weights")}
+    if "teacher_weights" in stored:  # those of draws sum to 1
+        stored["teacher_weights"] = stored["teacher_weights"] / stored["teacher_weights"].sum(-1, keepdim=True)
+    given = {k: v for k, v in toys.items() if k in ("labels", "mask")} | stored
+    mask = given.get("mask", torch.arange(B * T).view(B, T) % 4 != 1)
+    found: list[tuple[Tensor, Inputs]] = []
+    for by_head in (True, False):
+        ours, theirs = fresh(student), fresh(teacher)
+        if by_head:
+            heads = [Head(side["hidden"], side["head"], side["head_bias"]) for side in (ours, theirs)]
+            said = route.teacher_of(stored) or heads[1]
+            (out,) = head_loss(heads[0], said, [term], labels=given.get("labels"), mask=mask)
+            out = term.weight * out
+        else:
+            logits = [side["hidden"] @ side["head"].T + side["head_bias"] for side in (ours, theirs)]
+            told = {f"{who}_{k}": v for who, side in (("student", ours), ("teacher", theirs)) for k, v in side.items()}
+            told |= {"student_logits": logits[0], "teacher_logits": logits[1]}
+            out = values(method, {**given, **told}, knobs)
+            out = torch.where(mask, out, 0.0)
+        mean(out, mask).value.backward()
+        found.append((out, ours))
+        for key, leaf in theirs.items():
+            expect(leaf.grad is None or not leaf.grad.any(), f"a gradient reaches the teacher's {key}")
+    with_knobs = f" with {knobs} in {str(dtype).removeprefix('torch.')}"
+    close(found[0][0], found[1][0], f"the head form{with_knobs}", rtol=rtol, atol=rtol)
+    for key in shapes:
+        what = f"the head form's gradient of the {key}{with_knobs}"
+        close(found[0][1][key].grad, found[1][1][key].grad, what, rtol=rtol, atol=rtol)
 
 
 def check_descent(name: str) -> None:

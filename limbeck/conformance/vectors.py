@@ -20,8 +20,12 @@ from limbeck.core.errors import BadInput
 from limbeck.core.find import ROOT
 from limbeck.core.names import NAMES
 
-INTEGERS = {"labels", "index", "negatives", "teacher_ids", "edges", "domain"}
-BOOLEANS = {"mask", "attention_mask", "foreground"}
+INTEGERS = {
+    *("labels", "index", "negatives", "teacher_ids", "edges", "domain"),
+    *("teacher_inputs", "teacher_labels", "student_spans", "teacher_spans"),
+    *("same_words", "nearest_words", "projection"),
+}
+BOOLEANS = {"mask", "attention_mask", "foreground", "teacher_mask", "teacher_attention_mask", "word_starts"}
 _chosen: list[Path] = []
 
 
@@ -82,7 +86,9 @@ def _number(name: str, value: Any) -> Tensor:
         return torch.tensor(value, dtype=torch.long)
     if name in BOOLEANS:
         return torch.tensor(value, dtype=torch.bool)
-    return torch.tensor(value, dtype=torch.float64)
+    made = torch.tensor(value)
+    tokens = name == "inputs" and not made.is_floating_point()
+    return made if tokens else torch.tensor(value, dtype=torch.float64)
 
 
 def inputs(vector: dict[str, Any]) -> dict[str, Any]:

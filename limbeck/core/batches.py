@@ -49,7 +49,9 @@ class Table:
     columns: "inputs" (images float [N, C, H, W], token ids long [N, T], vectors float [N, D]), usually "labels", and
     whatever else belongs to an example (mask, weights, teacher_logits ...). classes: names of the labels.
     mean, std: what was subtracted from and divided out of each channel, in the scale where white is 1.
-    tokenizer: made the token ids. rows: the raw text rows, kept with their provenance.
+    tokenizer: made the token ids. rows: the raw text rows, kept with their provenance. constants: tensors that belong
+    to no example and come with every batch, such as `same_words`. teacher_tokenizer: made the ids in the teacher_*
+    columns, which hold the same text once more.
     """
 
     columns: dict[str, Tensor]
@@ -60,6 +62,8 @@ class Table:
     std: tuple[float, ...] = ()
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     rows: list[dict[str, Any]] | None = field(default=None, repr=False)
+    constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    teacher_tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {name: len(column) for name, column in self.columns.items()}
@@ -71,6 +75,8 @@ class Table:
             raise BadInput(f"the columns of {self.name} differ in length: {sizes}")
         if "index" in self.columns:
             raise BadInput(f"the column `index` of {self.name} is reserved for the row number; give it another name")
+        if twice := {"index", *self.columns} & set(self.constants):
+            raise BadInput(f"{self.name} has a column and a constant called `{min(twice)}`; give one another name")
 
     def __len__(self) -> int:
         return len(self.rows) if self.rows is not None else len(next(iter(self.columns.values())))
@@ -91,6 +97,12 @@ class Table:
         return int(labels.max()) + 1
 
     @property
+    def paired(self) -> bool:
+        """Whether the labels are pictures, what networks should make of the inputs."""
+        labels = self.columns.get("labels")
+        return labels is not None and labels.ndim == 4 and labels.is_floating_point()
+
+    @property
     def vocab(self) -> int:
         """Number of token ids; 0 when the inputs are no tokens."""
         if self.kind != "tokens":
@@ -102,6 +114,13 @@ class Table:
         """The value of a black pixel after normalisation, one a channel."""
         return tuple(-m / s for m, s in zip(self.mean, self.std, strict=True)) or (0.0,)
 
+    def raw(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, C, H, W] in the scale where white is 1."""
+        if not self.mean:
+            return pictures
+        mean, std = (torch.tensor(v, dtype=pictures.dtype).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return pictures * std + mean
+
     def select(self, indices: Tensor | Sequence[int]) -> Table:
         """The rows at `indices`, in that order, as a new table."""
         indices = torch.as_tensor(indices, dtype=torch.long)
@@ -110,8 +129,17 @@ class Table:
         return replace(self, columns=columns, rows=rows)
 
     def to(self, device: torch.device | str) -> Table:
-        """The same table with its columns on `device`."""
-        return replace(self, columns={name: column.to(device) for name, column in self.columns.items()})
+        """The same table with its columns and constants on `device`."""
+        moved = [{name: t.to(device) for name, t in kind.items()} for kind in (self.columns, self.constants)]
+        return replace(self, columns=moved[0], constants=moved[1])
+
+    def retold(self) -> Table:
+        """The table in the teacher's own tokens, as the teacher reads it; itself where both have one tokenizer."""
+        if self.teacher_tokenizer is None:
+            return self
+        said = ("inputs", "labels", "mask", "attention_mask")
+        told = {name: self.columns[f"teacher_{name}"] for name in said if f"teacher_{name}" in self.columns}
+        return replace(self, columns=told, constants={}, tokenizer=self.teacher_tokenizer, teacher_tokenizer=None)
 
     def check(self) -> Table:
         """Itself, or BadInput when it is empty or holds nan or inf."""
@@ -284,10 +312,12 @@ class Batches:
         rows, position = self.indices(self.position), self.position
         mine = self._slice(len(rows))
         batch = {name: column[rows[mine].to(column.device)] for name, column in self.table.columns.items()}
-        batch["index"] = rows[mine]
+        batch |= {"index": rows[mine], **self.table.constants}
         if self.augment is not None:
             params = self.augment.draw(generator(self.seed, "augment", position), len(rows))[mine]
             batch["inputs"], batch["draw"] = self.augment.apply(batch["inputs"], params), params
+            if self.table.paired:
+                batch["labels"] = self.augment.apply(batch["labels"], params)
         self.position += 1
         return batch
 
@@ -338,8 +368,7 @@ def epoch(table: Table, batch_size: int) -> Iterator[Batch]:
     """One pass in table order, nothing dropped, for evaluation; the last batch may be short."""
     for start in range(0, len(table.check()), batch_size):
         batch = {name: column[start : start + batch_size] for name, column in table.columns.items()}
-        batch["index"] = torch.arange(start, min(start + batch_size, len(table)))
-        yield batch
+        yield batch | {"index": torch.arange(start, min(start + batch_size, len(table))), **table.constants}
 
 
 class Stream:

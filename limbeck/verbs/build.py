@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.adapters.files import load as load_data
+from limbeck.adapters.pairing import CONSTANTS
 from limbeck.core import knobs
 from limbeck.core.batches import Splits, Table, split
 from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
+from limbeck.verbs import teach
 from limbeck.verbs.check import check_names, rehearse
 from limbeck.verbs.setting import KERNEL, Event, Setting, any_number, batches_of, load_weights, make_plan, save_network
 from limbeck.verbs.together import first, leads
@@ -44,7 +46,12 @@ def setting(
         if recipe.data is None:
             raise BadInput(f"{recipe.at('do')}the recipe {recipe.name!r} names no data")
         with recipe.blamed("data"):
-            splits = load_splits(recipe.data.name, recipe.data.options)
+            splits = _two_tokenizers(recipe, on_event) or load_splits(recipe.data.name, recipe.data.options)
+    elif recipe.teacher is not None and recipe.teacher.tokenizer is not None and splits.train.teacher_tokenizer is None:
+        raise BadInput(
+            f"{recipe.at('teacher', 'tokenizer')}data that is given as an object must hold its text in the teacher's "
+            "tokens already: see limbeck.adapters.pairing.retell_all"
+        )
     if recipe.split == "validation":
         if not len(splits.validation):
             raise BadInput(f"{recipe.at('split')}{splits.train.name} has no validation part")
@@ -59,7 +66,7 @@ def setting(
         made.builders[role] = _builder(thing, role)
     for path, spec in roles.items():
         role = "judge" if path[0] == "judge" else path[-1]
-        if role in given or spec is None:
+        if role in given or spec is None or (isinstance(spec, Net) and spec.served):
             continue
         made.builders[role] = _from_spec(made, path, spec)
         if not isinstance(spec, list):
@@ -91,6 +98,31 @@ def objects(networks: Mapping[str, Any] | None, recipe: Recipe) -> tuple[str, ..
 def load_splits(name: str, options: Mapping[str, Any]) -> Splits:
     """The data by name or path, or the condensed set in a run folder."""
     return load_data({"name": name, **options})
+
+
+def _two_tokenizers(recipe: Recipe, on_event: Event | None) -> Splits | None:
+    """The data with its text in the teacher's tokens, too; None where the teacher has no tokenizer of its own."""
+    if recipe.teacher is None or recipe.teacher.tokenizer is None or recipe.data is None:
+        return None
+    tokenizer: Any = recipe.teacher.tokenizer
+    if recipe.teacher.train is not None and recipe.teacher.data:  # it is made of what the teacher reads
+        own = _own_data(recipe, recipe.teacher)
+        tokenizer = load_splits(own["name"], {k: v for k, v in own.items() if k not in ("name", "augment")})[
+            0
+        ].tokenizer
+    asked = {name for name in teach.asked(recipe) if name in CONSTANTS}
+    return load_data(
+        {"name": recipe.data.name, **recipe.data.options},
+        teacher_tokenizer=tokenizer,
+        constants=sorted({"same_words", *asked}),
+        note=(lambda said: on_event({"note": said})) if on_event is not None else None,
+    )
+
+
+def _own_data(recipe: Recipe, spec: Net) -> dict[str, Any]:
+    """What a teacher is trained on: the recipe's data with the changes that it asks for, in its own tokens."""
+    data = merge(recipe.data.model_dump(exclude_unset=True) if recipe.data else {}, spec.data)
+    return data if spec.tokenizer is None else {**data, "tokenizer": spec.tokenizer}
 
 
 def as_splits(data: Any, recipe: Recipe) -> Splits | None:
@@ -199,7 +231,8 @@ def _from_spec(made: Setting, path: tuple[str, ...], spec: Net | list[Net]) -> C
         with made.recipe.blamed(*path):
             if isinstance(spec, list):
                 return nn.ModuleList([network(s, made.splits.train, made.folder) for s in spec])
-            return network(spec, made.splits.train, made.folder)
+            table = made.splits.train
+            return network(spec, table.retold() if path == ("teacher",) else table, made.folder)
 
     return make
 
@@ -223,15 +256,14 @@ def _trained(made: Setting, module: nn.Module) -> None:
 def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     assert spec.train is not None
     recipe = made.recipe
-    data = recipe.data.model_dump(exclude_unset=True) if recipe.data else {}
-    data = merge(data, spec.data)
+    data = _own_data(recipe, spec)
     key = json.dumps([spec.model_dump(mode="json"), data], sort_keys=True, default=str)
     place = made.folder.parent / ".teachers" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if first((place / "weights.safetensors").exists):
         load_weights(module, str(place / "weights.safetensors"), ())
         return
     splits = made.splits
-    if spec.data:
+    if spec.data or spec.tokenizer is not None:
         splits = load_splits(data["name"], {k: v for k, v in data.items() if k not in ("name", "augment")})
     if made.on_event is not None:
         made.on_event({"arm": "teacher", "seed": 0, "label": f"training the teacher {spec.net}"})

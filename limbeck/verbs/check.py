@@ -20,11 +20,13 @@ from limbeck.core import augment, find, knobs, optim, schedule
 from limbeck.core.batches import Batches, Table
 from limbeck.core.errors import BadInput, nearest
 from limbeck.core.match import parse
-from limbeck.core.nets import Batch, Nets, evaluating, outputs
+from limbeck.core.nets import Batch, Nets, evaluating, outputs, retold
 from limbeck.core.sampler import Denoiser
+from limbeck.core.signals.feeding import documents_in
+from limbeck.core.signals.kinds import Kind
 from limbeck.core.synset import SynSet
 from limbeck.recipe import Net, Recipe, Spec, Train
-from limbeck.verbs import condense, label, rows, shape, shorten, teach
+from limbeck.verbs import condense, label, rows, shape, shorten, signals, teach
 from limbeck.verbs.figures import figures, measure_of
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.setting import (
@@ -68,6 +70,7 @@ def check_names(recipe: Recipe, given: Collection[str] = ()) -> None:
     if recipe.stages:
         return
     _networks(recipe, given)
+    signals.check_names(recipe)
     _method(recipe)
     for i, spec in enumerate(recipe.match):
         with recipe.blamed("match", i):
@@ -110,7 +113,15 @@ def _net(recipe: Recipe, spec: Net, *path: Any) -> None:
                 f"{recipe.at(*path, key)}only a teacher is trained first; train this network by `do: train` in a "
                 "recipe or a stage of its own, and name its run folder in `weights`"
             )
-    if spec.net in zoo.NETS:
+    if spec.tokenizer is not None and (path != ("teacher",) or recipe.do != "teach" or recipe.store is not None):
+        raise BadInput(
+            f"{recipe.at(*path, 'tokenizer')}only a teacher that is asked while a student learns may have a tokenizer "
+            "of its own: `do: teach`, without `store`; that of all others is `data.tokenizer`"
+        )
+    if spec.served:
+        if path != ("teacher",):
+            raise BadInput(f"{recipe.at(*path)}only a teacher may be behind a server, and only as a source of a store")
+    elif spec.net in zoo.NETS:
         builder = zoo.NETS[spec.net]
         function = builder.func if isinstance(builder, partial) else builder
         fixed = {*(builder.keywords if isinstance(builder, partial) else ()), "denoiser", "graft"}
@@ -231,6 +242,8 @@ def rehearse(made: Setting) -> None:
                 kind = type(made.teacher).__name__
                 raise BadInput(f"{recipe.at('teacher')}shortening starts from a Denoiser, and the teacher is a {kind}")
             _first(recipe, made.splits.train)
+        elif recipe.do == "label" and signals.of_texts(recipe):
+            _rehearse_signals(made)
         elif made.teacher is None and (recipe.do == "label" or "student" not in made.builders):
             raise BadInput(f"{recipe.at('do')}{recipe.do} needs a `teacher`, and the recipe names none")
 
@@ -281,6 +294,8 @@ def _rehearse_training(made: Setting) -> None:
                 _saliency(recipe, nets.find(role), table)
         if recipe.store is None:
             _meet(recipe, nets, probe, method)
+        elif signals.of_texts(recipe):
+            _stored_signals(made, nets, method)
         else:
             _stored(made)
     finally:
@@ -323,6 +338,43 @@ def _stored(made: Setting) -> None:
             raise BadInput(f"{told} a store keeps logits only; leave `store` out and give the teacher itself")
 
 
+def _rehearse_signals(made: Setting) -> tuple[Kind, int]:
+    """The teacher can give what the store of texts keeps, or the store that is read is the right one. Its kind, and
+    the number of words that the teacher knows (0 where that is not told)."""
+    recipe, table = made.recipe, made.splits.train
+    served = recipe.teacher is not None and recipe.teacher.served
+    with recipe.blamed("store"):
+        if recipe.do == "label" and made.teacher is None and not served:
+            raise BadInput("label needs a `teacher`, and the recipe names none")
+        kind = signals.asked(recipe)
+        if made.teacher is not None:
+            signals.check_folder(recipe, kind, made.teacher, table)
+            return kind, signals.try_out(kind, made.teacher, table)
+        documents_in(table, kind)
+        return kind, table.vocab if served else made.heard(recipe)[0].vocab  # without a teacher it is only opened
+
+
+def _stored_signals(made: Setting, nets: Nets, method: Any) -> None:
+    """The store of texts is that of the data, and holds what the losses of the plain scheme ask for."""
+    recipe, table = made.recipe, made.splits.train
+    kind, words = _rehearse_signals(made)
+    if recipe.method is not None and knobs.split(recipe.method)[0] != "distill":
+        return
+    signals.check_losses(recipe, kind, [parse(spec) for spec in recipe.match], words or table.vocab)
+    if "teacher_ids" in signals.held(kind):
+        with torch.no_grad(), evaluating(nets.student):
+            said = outputs(nets.student, {k: v[:1] for k, v in table.columns.items()}).get("logits")
+        if isinstance(said, torch.Tensor) and said.shape[-1] < words:
+            raise BadInput(
+                f"{recipe.at('store')}the store names {words} words, and the student knows {said.shape[-1]}: both must "
+                "have the same tokenizer"
+            )
+    if made.teacher is None and not (recipe.teacher is not None and recipe.teacher.served):
+        with recipe.blamed("train"):
+            stream = signals.fed(batches_of(recipe, table, 0), made.heard(recipe)[0], torch.device("cpu"))
+        _meet(recipe, nets, {**next(stream), "examples": len(table)}, method)
+
+
 def _meet(recipe: Recipe, nets: Nets, probe: Batch, method: Any = None) -> None:
     """Every loss alone, so that it is known which one complains, then the method as it is."""
     if recipe.method is None or recipe.do == "shape" or knobs.split(recipe.method)[0] == "distill":
@@ -338,6 +390,7 @@ def reads(module: nn.Module, batch: Mapping[str, Any], table: Table, role: str, 
     """Raise BadInput unless the network reads the data; judged: and tells at least as many classes as they have."""
     if isinstance(module, Denoiser):
         return
+    batch = retold(batch) if role == "teacher" else batch
     few = {k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     shown = f"{tuple(few['inputs'].shape[1:])} {str(few['inputs'].dtype).removeprefix('torch.')}"
     try:
@@ -352,7 +405,9 @@ def reads(module: nn.Module, batch: Mapping[str, Any], table: Table, role: str, 
             f"{type(error).__name__}: {said}"
         ) from error
     logits = out.get("logits")
-    if judged and isinstance(logits, torch.Tensor) and table.num_classes > logits.shape[-1]:
+    if not judged or not isinstance(logits, torch.Tensor) or logits.ndim == 4:  # methods see to pictures themselves
+        return
+    if table.num_classes > logits.shape[-1]:
         raise BadInput(f"the {role} tells {logits.shape[-1]} classes apart, but {table.name} has {table.num_classes}")
 
 
@@ -385,7 +440,10 @@ def _metrics(made: Setting) -> None:
         written = bool(recipe.measure)
         for i, spec in enumerate(default_measures(recipe, table)):
             with recipe.blamed(*(("measure", i) if written else ("data",))):
-                names += figures(spec, table.num_classes or table.vocab or 2, teacher=made.teacher is not None)
+                teacher = made.teacher is not None
+                names += figures(spec, table.num_classes or table.vocab or 2, teacher=teacher, paired=table.paired)
+                if table.paired and "judge" not in recipe.nets and "frechet" in names:
+                    raise BadInput("pictures are compared by what a classifier sees; name one as `nets.judge`")
         if not names and recipe.do in VERBS:
             raise BadInput(f"{recipe.at('measure')}`measure` names nothing that can be measured here but costs")
     wanted: dict[tuple[str, ...], str] = {("metric",): recipe.metric}

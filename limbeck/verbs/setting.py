@@ -1,6 +1,7 @@
 """What every verb works with: the recipe, its data, how to build its networks, and where to write."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from limbeck.adapters.pieces import pieces_of
+from limbeck.adapters.remote import Cost
 from limbeck.core import find, knobs
 from limbeck.core.batches import Batches, Splits, Table
 from limbeck.core.checkpoint import fingerprint
@@ -22,16 +25,19 @@ from limbeck.core.errors import BadInput, LimbeckError, MissingExtra, nearest
 from limbeck.core.evaluate import logits as predict
 from limbeck.core.graft import Grafted
 from limbeck.core.loop import Fitted, Method, Plan, fit
-from limbeck.core.nets import Nets
+from limbeck.core.nets import Nets, device_of, outputs
 from limbeck.core.sampler import Denoiser
+from limbeck.core.signals.reading import SignalsInfo
 from limbeck.core.store import Store, StoredBatches, StoreInfo, capture, data_fingerprint
 from limbeck.core.taps import Taps, unwrap
 from limbeck.recipe import Net, Recipe, Spec, Train, dump
 from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
+from limbeck.verbs import signals
 from limbeck.verbs.figures import COSTS, measure_of
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.together import first, leads, processes
+from limbeck.zoo.lora import merged
 
 TRACKERS = ("tensorboard",)
 KERNEL = "kernel"  # a judge of condensed sets that is no network: kernel ridge regression
@@ -91,7 +97,8 @@ class Setting:
 
     builders: role -> how to make that network with the weights that its spec names, or fresh ones. blank: the same
     without the weights. teacher: shared by all arms, frozen. folder: of the run. resume: whether unfinished arms go on
-    from their checkpoints. objects: what was given as an object, and not by the recipe.
+    from their checkpoints. objects: what was given as an object, and not by the recipe. stores: of texts, by what was
+    asked for, so that every arm and seed need not look through all documents again.
     """
 
     recipe: Recipe
@@ -104,12 +111,17 @@ class Setting:
     on_event: Event | None = None
     resume: bool = False
     objects: tuple[str, ...] = ()
+    stores: dict[str, Any] = field(default_factory=dict)
 
     def build(self, role: str) -> nn.Module:
         """A network for a role. Raises BadInput when the recipe does not say how to make it."""
         if role not in self.builders:
             raise BadInput(f"the recipe {self.recipe.name!r} names no {role}{nearest(role, self.builders)}")
         return self.builders[role]()
+
+    def eye(self) -> nn.Module | None:
+        """By whose embeddings pictures are compared as two sets: the network `judge`, if the recipe names one."""
+        return self.build("judge").eval() if "judge" in self.recipe.nets else None
 
     def spec(self, role: str) -> Net | None:
         """How the recipe builds a role's network; None for one that was given as an object."""
@@ -128,7 +140,7 @@ class Setting:
             nets.teacher = self.teacher
         for role in recipe.nets:
             nets.factories[role] = self.builders[role]
-            if role not in ("assistant", "peer", "client"):  # one of many: the method builds as many as it wants
+            if role not in ("assistant", "peer", "client", "judge"):  # built by who wants them, and when
                 setattr(nets, role, self.build(role))
         for role, paths in self.taps.items():
             if role in nets and paths:
@@ -140,14 +152,25 @@ class Setting:
         """Training batches, or one stream a data pool for methods that read several (tasks, clients)."""
         table = self.splits.train
         if recipe.store is not None:
-            info = captured(self)
             plain = batches_of(recipe, table, seed, augment=False)
+            if signals.of_texts(recipe):
+                return signals.fed(plain, self.heard(recipe)[0], processes().device)
+            info = captured(self)
             return StoredBatches(plain, Store.open(info.folder), crops=recipe.store.crops, seed=seed)
         if not hasattr(method, "pools"):
             return batches_of(recipe, table, seed)
         return {
             name: batches_of(recipe, table.select(rows), seed) for name, rows in method.pools(table["labels"]).items()
         }
+
+    def heard(self, recipe: Recipe) -> tuple[SignalsInfo, Cost | None]:
+        """The recipe's store of what the teacher says of texts, captured as far as it was missing, and its cost."""
+        key = repr(recipe.store)
+        if key not in self.stores:
+            table, teacher, place = self.splits.train, self.teacher, self.folder.parent
+            self.stores[key] = first(lambda: signals.captured(recipe, table, teacher, place, self.on_event))
+        info, cost = self.stores[key]
+        return info, cost
 
     def fit(
         self,
@@ -306,34 +329,53 @@ def any_number(table: Table) -> bool:
 
 def usual(table: Table) -> str:
     """The measure of what a network says of such labels."""
+    if table.paired:
+        return "psnr"
     if any_number(table):
         return "multilabel"
     return "accuracy" if table.num_classes else "calibration"
 
 
 def judge(
-    module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None = None
+    module: nn.Module,
+    table: Table,
+    measures: Iterable[Spec],
+    teacher: nn.Module | None = None,
+    eye: nn.Module | None = None,
 ) -> dict[str, float]:
     """All measures of a network on a table, by name; what asks for a teacher is left out when there is none.
+
+    eye: by whose embeddings pictures are compared as two sets, where that is asked for.
 
     Labels of many places [N, T] count where the table's `mask` holds (everywhere without one). A table whose logits
     would not fit in HELD numbers is measured stretch by stretch, and the means over places are those of the whole; of
     what is no mean over places, such as a calibration error, it is the mean over stretches.
     """
     module.eval()
+    if table.teacher_tokenizer is not None:  # their places are not the same
+        teacher = None
     labels = table.columns.get("labels", torch.empty(0))
     places = labels.shape[1] if labels.ndim == 2 and not labels.is_floating_point() else 1
-    rows = max(1, HELD // max(1, places * (table.num_classes or table.vocab)))
+    width = labels[0].numel() if table.paired else table.num_classes or table.vocab
+    rows = max(1, HELD // max(1, places * width))
     found: list[tuple[int, dict[str, float]]] = []
     for start in range(0, len(table), rows):
         part = table if rows >= len(table) else table.select(range(start, min(start + rows, len(table))))
         valid = _valid(part)
         if count := len(part) if valid is None else int(valid.sum()):
-            found.append((count, _measured(module, part, measures, teacher, valid)))
+            found.append((count, _measured(module, part, measures, teacher, valid, eye)))
     if len(found) == 1:
         return found[0][1]
     total = sum(count for count, _ in found)
     return {name: sum(count * one[name] for count, one in found) / total for name in (found[0][1] if found else ())}
+
+
+def bits_per_byte(table: Table, nll: float) -> float:
+    """What a mean negative log-likelihood a token, in nats, makes a byte of the text, in bits."""
+    size = torch.tensor([len(piece) for piece in pieces_of(table.tokenizer).words])
+    mask = table.columns.get("mask", torch.ones_like(table["labels"])).bool()
+    told = table["labels"][mask]
+    return nll * len(told) / math.log(2) / max(1, int(size[told.clamp_max(len(size) - 1)].sum()))
 
 
 def _valid(table: Table) -> Tensor | None:
@@ -346,14 +388,21 @@ def _valid(table: Table) -> Tensor | None:
 
 
 def _measured(
-    module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None, valid: Tensor | None
+    module: nn.Module,
+    table: Table,
+    measures: Iterable[Spec],
+    teacher: nn.Module | None,
+    valid: Tensor | None,
+    eye: nn.Module | None,
 ) -> dict[str, float]:
     def flat(values: Tensor) -> Tensor:
         """Logits [..., N, T, C] at the places that count, [..., M, C]."""
         return values if valid is None else values.flatten(-3, -2)[..., valid, :]
 
     have: dict[str, Tensor] = {"student_logits": flat(predict(module, table))}
-    if "labels" in table.columns:
+    if table.paired:
+        have |= _pictures(have.pop("student_logits"), table, eye)
+    elif "labels" in table.columns:
         have["labels"] = table["labels"] if valid is None else table["labels"].flatten().cpu()[valid]
     out: dict[str, float] = {}
     for spec in measures:
@@ -381,21 +430,32 @@ def _measured(
     return out
 
 
-def validator(table: Table, train: Train, learner: str, metric: str) -> Callable[[Nets], dict[str, float]] | None:
+def _pictures(made: Tensor, table: Table, eye: nn.Module | None) -> dict[str, Tensor]:
+    """Pictures that a network made, those that it should have made, and what an eye sees in both."""
+    real = table["labels"].cpu()
+    have = {"student_picture": table.raw(made), "real_picture": table.raw(real)}
+    if eye is not None:
+        for name, x in (("student_samples", made), ("real_samples", real)):
+            with torch.no_grad():
+                have[name] = torch.cat([outputs(eye, {"inputs": p})["emb"].flatten(1) for p in x.split(500)])
+    return have
+
+
+def validator(
+    table: Table, train: Train, learner: str, metric: str, eye: nn.Module | None = None
+) -> Callable[[Nets], dict[str, float]] | None:
     """The loop's validation: the deciding metric on the validation split (a part of it when nothing is selected)."""
     if not len(table):
         return None
     part = table if train.select else table.select(torch.arange(min(CURVE, len(table))))
     figure = train.select or metric
     measure = measure_of(figure) if figure else usual(table)
-    return lambda nets: judge(nets.find(learner), part, [measure], nets.modules.get("teacher"))
+    return lambda nets: judge(nets.find(learner), part, [measure], nets.modules.get("teacher"), eye)
 
 
 @torch.no_grad()
 def cost(module: nn.Module, example: Mapping[str, Any], repeats: int = 15) -> dict[str, float]:
     """Parameters, bytes, and the median milliseconds of one forward pass on the one example given."""
-    from limbeck.core.nets import device_of, outputs
-
     module = unwrap(module).eval()
     device = device_of(module)
     example = {name: value.to(device) for name, value in example.items()}
@@ -424,18 +484,19 @@ def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
     if not leads():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    module = merged(unwrap(module))
     state: dict[str, Tensor] = {}
-    for key, value in unwrap(module).state_dict().items():
+    for key, value in module.state_dict().items():
         state[key] = value.detach().cpu().contiguous().clone()
     save_tensors(state, folder / WEIGHTS)
     if spec is not None:
-        body = {"net": spec.net, **spec.options}
+        body = {"net": spec.net, **{k: v for k, v in spec.options.items() if k != "lora"}}
         if isinstance(module, Denoiser):  # methods may change how it is read: schedule, boundary, solver
             body["denoiser"] = module.spec()
         if isinstance(module, Grafted):  # what a method has put into the student for good
             body["graft"] = module.spec()
         (folder / "net.json").write_text(json.dumps(body))
-    inner: Any = unwrap(module)
+    inner: Any = module
     if hasattr(inner, "save_pretrained") and hasattr(getattr(inner, "config", None), "to_dict"):
         body = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
         (folder / "config.json").write_text(json.dumps(body, indent=1, default=str))

@@ -13,6 +13,7 @@ from limbeck.verbs.setting import (
     WEIGHTS,
     Outcome,
     Setting,
+    bits_per_byte,
     cost,
     default_measures,
     judge,
@@ -28,7 +29,12 @@ from limbeck.verbs.setting import (
 
 def arms(recipe: Recipe) -> list[str]:
     """student, control, what the recipe sets beside them, and the teacher when there is one."""
-    return ["student", "control", *recipe.beside, *(["teacher"] if recipe.teacher else [])]
+    return [
+        "student",
+        "control",
+        *recipe.beside,
+        *(["teacher"] if recipe.teacher and not recipe.teacher.served else []),
+    ]
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
@@ -58,7 +64,7 @@ def _untapped(recipe: Recipe) -> dict[str, object]:
 def label(recipe: Recipe, arm: str) -> str:
     """A plain description of an arm."""
     student = recipe.student.net if recipe.student else "student"
-    teacher = recipe.teacher.net if recipe.teacher else "nobody"
+    teacher = recipe.teacher.title if recipe.teacher else "nobody"
     if arm == "teacher":
         return teacher
     told = arm_recipe(recipe, arm)
@@ -82,6 +88,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     """Train and judge one arm under one seed."""
     recipe = arm_recipe(setting.recipe, arm)
     measures = default_measures(recipe, setting.splits.test)
+    eye = setting.eye()
     if arm == "teacher":
         if setting.teacher is None:
             raise BadInput("the recipe names no teacher")
@@ -99,14 +106,18 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
             batches,
             seed=seed,
             folder=folder,
-            validate=validator(setting.splits.validation, recipe.train, learner, recipe.metric),
+            validate=validator(setting.splits.validation, recipe.train, learner, recipe.metric, eye),
         )
         for taps in nets.taps.values():
             taps.remove()
         module, seconds = nets.find(learner), fitted.seconds
         save_network(module, folder, setting.spec("student"))
-    metrics = judge(module, setting.splits.test, measures, setting.teacher)
-    figures = cost(module, one(setting.splits.test))
+    table = setting.splits.test
+    mine = table.retold() if arm == "teacher" else table
+    metrics = judge(module, mine, measures, setting.teacher, eye)
+    if table.teacher_tokenizer is not None and "nll" in metrics:  # tokens of two sizes compare by the byte only
+        metrics["bits_per_byte"] = bits_per_byte(mine, metrics["nll"])
+    figures = cost(module, one(mine))
     return outcome_of(label(setting.recipe, arm), metrics, figures, seconds), module
 
 
@@ -115,6 +126,12 @@ def artefact(setting: Setting, folder: Path) -> nn.Module:
     module = setting.build("student")
     load_weights(module, str(folder / WEIGHTS), ())
     return module.eval()
+
+
+def asked(recipe: Recipe) -> set[str]:
+    """The names of all that the losses of any arm ask for, or take where it is there."""
+    losses = {name for arm in ("student", "control", *recipe.beside) for name in methods(arm_recipe(recipe, arm))}
+    return {n for name in losses for n in find.needs(find.get(name)) + find.wants(find.get(name))}
 
 
 LISTS = ("match", "first", "weak", "strong")  # knobs of training methods that hold losses

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.generate import choose, sample
+from limbeck.core.generate import Reader, chances, checked, choose, sample, write
 
 
 class Chain(nn.Module):
@@ -78,3 +78,135 @@ def test_what_cannot_be_continued_is_refused():
         sample(net, torch.zeros(2, 2, dtype=torch.long), 3, -1.0)
     with pytest.raises(ValueError, match="`length` must be >= 0"):
         sample(net, torch.zeros(2, 2, dtype=torch.long), -1)
+
+
+def test_a_nucleus_holds_the_fewest_tokens_that_reach_its_mass():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for top_p, kept in ((0.4, 1), (0.5, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
+        found = chances(p.log(), 1.0, top_p)
+        assert int((found > 0).sum()) == kept
+        assert torch.allclose(found[:kept], p[:kept] / p[:kept].sum())
+    shuffled = chances(p[[2, 0, 3, 1]].log(), 1.0, 0.6)
+    assert torch.allclose(shuffled, torch.tensor([0.0, 0.625, 0.0, 0.375]))
+    assert chances(p.log(), 0.0).tolist() == [1, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"`top_p` must be in \(0, 1\]"):
+        chances(p, 1.0, 0.0)
+
+
+def test_networks_are_mixed_for_each_token_and_its_probability_is_told():
+    one, other = (torch.randn(6, 6, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    a, b, prompts = Chain(one), Chain(other), torch.zeros(20000, 1, dtype=torch.long)
+    torch.manual_seed(0)
+    found = write(a, prompts, 1, mix=[(b, 0.2)])
+    wanted = 0.8 * one[0].softmax(-1) + 0.2 * other[0].softmax(-1)
+    share = torch.bincount(found.tokens[:, 1], minlength=6) / 20000
+    assert (share - wanted).abs().max() < 4 * 0.5 / 20000**0.5
+    assert torch.allclose(found.logprobs[:, 1], wanted.log()[found.tokens[:, 1]], atol=1e-6)
+    assert not found.logprobs[:, 0].any()
+    torch.manual_seed(1)
+    alone = write(a, prompts[:50], 4, mix=[(b, 0.0)], top_p=0.9).tokens
+    torch.manual_seed(1)
+    assert torch.equal(alone, sample(a, prompts[:50], 4, top_p=0.9))
+    with pytest.raises(ValueError, match="shares >= 0 with a sum <= 1"):
+        write(a, prompts[:2], 1, mix=[(b, 1.2)])
+
+
+def test_what_the_teacher_would_not_say_is_replaced_by_what_it_says():
+    student, teacher = (Chain(3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(i))) for i in (1, 2))
+    prompts = torch.arange(60)[:, None] % 6
+    for block in (1, 3, 7):
+        torch.manual_seed(0)
+        found = checked(student, teacher, prompts, 9, top_k=2, block=block, teacher_temperature=0.5)
+        best = teacher.table.topk(2, -1).indices
+        passed = (found.tokens[:, 1:, None] == best[found.tokens[:, :-1]]).any(-1)
+        assert passed[~found.replaced[:, 1:]].all() and 0 < found.replaced.sum() < found.replaced.numel()
+    everything = checked(student, student, prompts, 9, top_k=6, block=4)
+    assert not everything.replaced.any() and everything.calls == 3
+    torch.manual_seed(2)
+    found = checked(student, teacher, prompts, 9, top_k=6, block=4, end=5).tokens
+    torch.manual_seed(2)
+    assert torch.equal(found, sample(student, prompts, 9, end=5))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_blocks_do_not_change_the_distribution_of_checked_texts(block: int):
+    student, teacher = (Chain(2 * torch.randn(3, 3, generator=torch.Generator().manual_seed(i))) for i in (3, 4))
+    q, p = student.table.softmax(-1), teacher.table.softmax(-1)
+    best = teacher.table.argmax(-1)
+    step = torch.zeros(3, 3)  # the student's word if it is the teacher's first, else one of the teacher
+    for x in range(3):
+        step[x] = (1 - q[x, best[x]]) * p[x]
+        step[x, best[x]] += q[x, best[x]]
+    wanted = step @ step  # two words on from each first word
+    torch.manual_seed(0)
+    texts = torch.cat(
+        [checked(student, teacher, torch.zeros(4, 1).long(), 2, top_k=1, block=block).tokens for _ in range(1000)]
+    )
+    found = torch.bincount(texts[:, 2], minlength=3) / len(texts)
+    assert (found - wanted[0]).abs().max() < 4 * 0.5 / len(texts) ** 0.5
+
+
+# ---------------------------------------------------------------- the cache of transformers models
+
+
+def language_model(kind: str, seed: int, width: int = 32) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+    if kind == "gpt2":
+        sizes = {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, **sizes, **ends))  # type: ignore[no-any-return]
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "initializer_range": 0.3, "sliding_window": 4 if kind == "mistral" else None}
+    config = (transformers.MistralConfig if kind == "mistral" else transformers.LlamaConfig)(
+        vocab_size=20, **sizes, **more, **ends
+    )
+    return (transformers.MistralForCausalLM if kind == "mistral" else transformers.LlamaForCausalLM)(config)  # type: ignore[no-any-return]
+
+
+class Anew(nn.Module):
+    """The same model, which reads the whole text for each token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_with_and_without_a_cache_the_tokens_are_the_same(kind: str):
+    model, other = language_model(kind, 1), language_model(kind, 2)
+    places: list[int] = []
+    model.register_forward_hook(lambda _m, _a, given, _o: places.append(given["input_ids"].shape[1]), with_kwargs=True)
+    prompts, lengths = torch.arange(15).view(3, 5), torch.tensor([5, 2, 3])
+    found = sample(model, prompts, 12, 0.0, lengths=lengths)
+    assert places == [2, *[1] * 14]  # the shortest prompt at once, then a token a step
+    assert torch.equal(found, sample(Anew(model), prompts, 12, 0.0, lengths=lengths))
+    for drawn in ({"top_p": 0.8}, {"mix": True}):
+        ends = []
+        for wrap in (lambda m: m, Anew):
+            torch.manual_seed(5)
+            given = {"mix": [(wrap(other), 0.3)]} if "mix" in drawn else drawn
+            ends.append(write(wrap(model), prompts, 12, lengths=lengths, **given))
+        assert torch.equal(ends[0].tokens, ends[1].tokens)
+        assert torch.allclose(ends[0].logprobs, ends[1].logprobs, atol=1e-4)
+    torch.manual_seed(6)
+    one = checked(model, other, prompts, 12, top_k=3, block=4, lengths=lengths)
+    torch.manual_seed(6)
+    again = checked(Anew(model), Anew(other), prompts, 12, top_k=3, block=4, lengths=lengths)
+    assert torch.equal(one.tokens, again.tokens) and one.replaced.any() and one.calls < 15 * 2
+
+
+def test_a_reader_forgets_what_changes():
+    model = language_model("llama", 1).eval()
+    first, second = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[1, 2, 9, 8, 7]])
+    reader = Reader(model)
+    with torch.no_grad():
+        reader.after(first)
+        reader.forget(2)
+        assert reader.seen == 2
+        assert torch.allclose(reader.after(second, 3), model(input_ids=second).logits[:, -3:], atol=1e-5)
+        assert torch.allclose(reader.after(second, 2), model(input_ids=second).logits[:, -2:], atol=1e-5)

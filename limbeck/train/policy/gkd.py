@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
-from limbeck.core.maths import js, kl, reverse_kl
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.policy import completions, divergence, rollout, starts
 from limbeck.core.reduce import mean
 
 
@@ -37,8 +38,9 @@ class GKD:
     end: id of the token that ends a text, -1 for none; what a student writes after it does not count.
 
     *Needs*: nets.teacher and nets.student over one vocabulary, batches shifted by the collator (labels are the next
-    tokens). *Relates to*: use `distill` with `forward_kl` or `reverse_kl` when sampling is too slow: a text of T tokens
-    costs T forward passes here, since any module that maps tokens to logits will do.
+    tokens). *Relates to*: use `distill` with `forward_kl` or `reverse_kl` when sampling is too slow: T tokens cost T
+    forward passes, of one place each for transformers models and of the whole text for others. `distillspec` takes any
+    other loss in the place of D.
     *Differs*: the limits at b = 0 and 1 are D / b and D / (1 - b), so that D jumps there, as in later implementations.
     """
 
@@ -58,43 +60,22 @@ class GKD:
 
     def divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """D for each token: [..., V] x 2 -> [...]."""
-        if self.beta == 0:
-            return kl(student_logits, teacher_logits, self.temperature)
-        if self.beta == 1:
-            return reverse_kl(student_logits, teacher_logits, self.temperature)
-        return js(student_logits, teacher_logits, self.beta, self.temperature)
+        return divergence(student_logits, teacher_logits, self.beta, self.temperature)
 
     def starts(self, batch: Batch) -> Tensor:
-        """How many tokens of each text are its prompt: [B]; one more than there are inputs when none is free."""
-        inputs: Tensor = batch["inputs"]
-        length = inputs.shape[1]
-        free: Tensor = batch["mask"].bool() if "mask" in batch else torch.ones_like(inputs, dtype=torch.bool)
-        first = torch.where(free.any(1), free.int().argmax(1) + 1, length + 1)
-        return first.clamp(min(self.prompt, length + 1))
+        """How many tokens of each text are its prompt: [B]."""
+        return starts(batch, self.prompt)
 
     def rollout(self, nets: Nets, batch: Batch) -> Batch:
         """The batch with its completions written anew by the student, from the same prompts and to the same length."""
-        text, starts = torch.cat([batch["inputs"], batch["labels"][:, -1:].clamp_min(0)], 1), self.starts(batch)
-        longest = int(starts.max())
-        end = self.end if self.end >= 0 else None
-        text = sample(nets.student, text[:, :longest], text.shape[1] - longest, self.sampling, lengths=starts, end=end)
-        inputs, labels = text[:, :-1], text[:, 1:]
-        written = torch.arange(text.shape[1], device=text.device) >= starts[:, None]
-        mask = written[:, 1:]
-        if end is not None:
-            mask = mask & ((written[:, :-1] & (inputs == end)).cumsum(1) == 0)
-        new: Batch = {**batch, "inputs": inputs, "labels": labels, "mask": mask}
-        if "attention_mask" in batch:
-            new["attention_mask"] = torch.ones_like(inputs)
-        return new
+        return rollout(
+            batch, partial(sample, nets.student, temperature=self.sampling), prompt=self.prompt, end=self.end
+        )
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student, on its own texts or on the given ones."""
         if float(torch.rand(())) < self.on_policy:
             batch = self.rollout(nets, batch)
-        place = torch.arange(1, batch["inputs"].shape[1] + 1, device=batch["inputs"].device)
-        mask = place >= self.starts(batch)[:, None]
-        if "mask" in batch:
-            mask = mask & batch["mask"].bool()
+        mask = completions(batch, self.prompt)
         student, teacher = nets.run("student", batch)["logits"], nets.run("teacher", batch)["logits"]
         yield "student", mean(self.divergence(student, teacher), mask)

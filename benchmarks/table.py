@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
 
 
-def rows(overhead: dict[str, Any], replay: dict[str, Any]) -> list[list[str]]:
+def rows(overhead: dict[str, Any], replay: dict[str, Any], signals: dict[str, Any]) -> list[list[str]]:
     """What, goal, found."""
     table = []
     for clock in ("processor", "wall"):
@@ -28,13 +28,26 @@ def rows(overhead: dict[str, Any], replay: dict[str, Any]) -> list[list[str]]:
         memory, times = setting["peak_memory_ratio"], setting["time_ratio"]
         what = f"replay: peak memory at {replay['steps']} steps, batch {setting['batch']}"
         table.append([what, "at most 0.35x", f"{memory:.3f}x, for {times:.2f}x the time"])
+    goals, words = signals["goals"], f"{signals['vocabulary']:,} words"
+    for kind, told in signals["kinds"].items():
+        goal = f"at most {goals['bytes_a_token']:.0f} bytes" if kind == "sampled" else ""
+        lost = f"{told['bytes_a_token']:.1f} bytes, {told['ids']:.0f} ids; bias {told['bias']:+.4f} nats"
+        table.append([f"signals: a token of {kind}, {words}", goal, lost])
+    step = signals["step"]
+    low, high = min(step["ratios"]), max(step["ratios"])
+    what = "signals: a step on stored draws against one on labels, processor time"
+    found = f"{step['ratio']:.3f}x, pairs {low:.3f} to {high:.3f} ({step['tokens']} tokens)"
+    table.append([what, f"at most {goals['step_ratio']:.2f}x", found])
+    read = signals["decode_ms"][-1]
+    table.append(["signals: reading stored draws", "", f"{read['median']:.1f} ms for {read['tokens']} tokens"])
     return table
 
 
 def main() -> None:
-    overhead, replay = (json.loads((HERE / "results" / f"{n}.json").read_text()) for n in ("overhead", "replay"))
+    parts = ("overhead", "replay", "signals")
+    overhead, replay, signals = (json.loads((HERE / "results" / f"{n}.json").read_text()) for n in parts)
     head = [["measured", "goal", "found"], ["---"] * 3]
-    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(overhead, replay))]
+    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(overhead, replay, signals))]
     versions = f"\nWith torch {overhead['torch']} and Python {overhead['python']}.\n"
     page = HERE / "README.md"
     before, rest = page.read_text().split(BEGIN)

@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from limbeck.core import knobs
+from limbeck.core.batches import Tokenizer
 from limbeck.core.card import require
-from limbeck.core.errors import BadInput, LimbeckError
+from limbeck.core.errors import BadInput, LimbeckError, nearest
 from limbeck.core.signals.coding import Entries
 from limbeck.core.signals.keys import Document
 from limbeck.core.signals.kinds import Kind, TopK
@@ -48,6 +50,12 @@ class Cost:
     unknown: int = 0
     price: float = 0.0
 
+    def __str__(self) -> str:
+        tokens = f"{self.input_tokens:,} tokens read and {self.output_tokens:,} written"
+        more = f", {self.unknown:,} tokens that no id is known of" if self.unknown else ""
+        price = f", price {self.price:.4g}" if self.price else ""
+        return f"{self.requests:,} requests, {self.retries:,} of them again, {tokens}{more}{price}"
+
 
 class Remote:
     """A model behind a server, as a `Source` of `core.signals.capture` with kind `topk`.
@@ -66,6 +74,28 @@ class Remote:
     """
 
     alone = True
+
+    @staticmethod
+    def of(
+        spec: Mapping[str, Any], vocab: int, *, tokenizer: Tokenizer | None = None, cost_file: Path | None = None
+    ) -> "Remote":
+        """The teacher that a recipe describes: url, model and the options above, without `top`. tokenizer: gives the
+        ids of tokens that a server names by their text."""
+        given = {key: value for key, value in spec.items() if key not in ("url", "model")}
+        for key in ("url", "model"):
+            if not isinstance(spec.get(key), str):
+                raise BadInput(f"a teacher behind a server needs `{key}`, got {spec.get(key)!r}")
+        known = {k: v for k, v in knobs.annotations(Remote).items() if k not in ("token_id", "cost_file")}
+        for key in given:
+            if key not in known:
+                raise BadInput(f"a teacher behind a server has no option {key!r}{nearest(key, [*known, 'top'])}")
+        checked = knobs.check("server", Remote, given)
+
+        def token_id(text: str) -> int | None:
+            ids = [] if tokenizer is None else tokenizer.encode(text)
+            return ids[0] if len(ids) == 1 else None
+
+        return Remote(spec["url"], spec["model"], vocab, token_id=token_id, cost_file=cost_file, **checked)
 
     def __init__(
         self,

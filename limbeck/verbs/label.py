@@ -11,6 +11,7 @@ import torch
 from limbeck.core.store import StoreInfo
 from limbeck.recipe import Recipe
 from limbeck.report.statistics import Gain
+from limbeck.verbs import signals
 from limbeck.verbs.result import Result
 from limbeck.verbs.setting import (
     WEIGHTS,
@@ -39,6 +40,10 @@ def run(setting: Setting) -> Result:
     began = time.monotonic()
     record(recipe, folder, setting.objects)
     nothing = Gain(float("nan"), float("nan"), float("nan"), 0)
+    if recipe.do == "label" and signals.of_texts(recipe):
+        found, spent = setting.heard(recipe)
+        _write(folder / "store.json", signals.facts(found, spent))
+        return Result(found, {}, {}, nothing, signals.said(found, spent), folder)
     if recipe.do == "label":
         info = _label(setting)
         kept = f"{info.topk} of {info.classes} entries, {info.views} view{'s' if info.views > 1 else ''} an example"
@@ -71,7 +76,9 @@ def run(setting: Setting) -> Result:
     if hasattr(module, "schedule"):  # a denoiser is judged by what it samples: `do: shorten`
         _write(folder / "metrics.json", {})
         return Result(module, {}, {}, nothing, f"trained {role} in {time.monotonic() - began:.0f} s", folder)
-    metrics = judge(module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher)
+    metrics = judge(
+        module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher, setting.eye()
+    )
     figures = cost(module, one(setting.splits.test))
     _write(folder / "metrics.json", {**metrics, **figures})
     text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())

@@ -119,6 +119,33 @@ def _counted(call: Callable[..., Any], seen: list[bool]) -> Callable[..., Any]:
     return counting
 
 
+@pytest.mark.parametrize("loss", ["sampled_kl", "top_k_kd"])
+def test_stored_words_say_the_same_with_and_without_logits(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    student, data, draw = zoo(16), batch(), torch.Generator().manual_seed(2)
+    data["teacher_ids"] = torch.stack([torch.randperm(WORDS, generator=draw)[:5] for _ in range(21)]).view(3, 7, 5)
+    if loss == "sampled_kl":  # weights that do not sum to 1, and places with fewer draws
+        weights = torch.rand(3, 7, 5, generator=draw)
+        data["teacher_weights"] = weights.masked_fill(torch.rand(3, 7, 5, generator=draw) < 0.3, 0.0)
+    else:
+        data["teacher_logprobs"] = torch.randn(3, 7, WORDS, generator=draw).log_softmax(-1)[..., :5]
+    pair = Pair("student", "teacher", parse_all([{loss: {"weight": 0.5}}, "ce"]))
+    found = []
+    for worth in (10**9, 8):
+        monkeypatch.setattr(route, "WORTH", worth)
+        nets = Nets(student=student)
+        pair.build(nets, data)
+        assert pair.without_logits(nets, data) is (worth == 8)
+        student.zero_grad()
+        parts = pair.parts(nets, data, 0.5)
+        sum((p.value for p in parts.values()), torch.zeros(())).backward()
+        grads = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+        found.append(({k: p.value.item() for k, p in parts.items()}, grads))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for ours, theirs in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_a_network_whose_logits_are_something_else_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     class Louder(nn.Module):
         def __init__(self) -> None:

@@ -100,7 +100,7 @@ class Sparse:
     @staticmethod
     def counts(ids: Tensor, counts: Tensor, *, temperature: float = 1.0) -> Sparse:
         """How often each word was drawn [..., K], or any weights >= 0: sampled targets, without a tail."""
-        return Sparse(ids, counts.float().log(), "none", temperature)
+        return Sparse(ids, counts.to(torch.promote_types(counts.dtype, torch.float32)).log(), "none", temperature)
 
     def at(self, index: Tensor | None) -> Sparse:
         """As rows [N, K], those of `index` only."""

@@ -110,6 +110,9 @@ def parts(matches: Sequence[Match], have: Mapping[str, Any], progress: float) ->
             teacher = teacher_of(have) if any(t.against == "teacher" for t in asked) else None
             safe = None if labels is None else labels.clamp_min(0)
             values |= dict(zip(group, head_loss(student, teacher, asked, labels=safe, mask=counts), strict=True))
+    if "teacher_weights" in have:  # draws from a tempered proposal sum to 1 on average only, and must stay so
+        total = have["teacher_weights"].detach().sum(-1)
+        values |= {k: total.to(v.dtype) * v for k, v in values.items() if terms[k].against == "teacher"}
     return {m.name: terms[k].weight * mean(values[k], mask) for k, m in enumerate(matches)}
 
 

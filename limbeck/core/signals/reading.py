@@ -26,6 +26,8 @@ from limbeck.core.signals.writing import Coder, changed
 __all__ = ["SignalStore", "SignalsInfo"]
 
 Ids = NDArray[np.int64]
+KEPT = 2**22  # entries that stay decoded in memory, a hundred megabytes: a small store is decoded once, not every epoch
+LONG = 2**12  # places of a document that is never decoded as a whole
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class SignalStore:
         self.folder, self.spec, self.coder = folder, spec, Coder(folder, spec)
         self.kind, self.index = self.coder.kind, Index(folder)
         self.records = Records(self.index)
+        self.decoded: dict[int, Entries] = {}
+        self.room = KEPT
 
     @staticmethod
     def open(
@@ -155,16 +159,18 @@ class SignalStore:
         contents, numbers = self._numbered(rows, which, places[at])
         at, which, numbers = at[numbers >= 0], which[numbers >= 0], numbers[numbers >= 0]
         if isinstance(self.kind, (Sampled, TopK)):
-            found = tensors(self.kind, self._entries(contents, entries["asked"].astype(np.int64), which, numbers))
+            found = tensors(self.kind, self._entries(rows, contents, entries["asked"].astype(np.int64), which, numbers))
         else:
             found = self._dense(contents, which, numbers)
         mask = torch.zeros(len(documents), dtype=torch.bool)
         mask[torch.from_numpy(at)] = True
         out = {"mask": mask.view(shape)}
         for name, values in found.items():
-            filler = FLOOR if name == "teacher_logprobs" else 0
-            full = values.new_full((len(documents), *values.shape[1:]), filler)
-            full[torch.from_numpy(at)] = values
+            full = values
+            if len(at) < len(documents):
+                filler = FLOOR if name == "teacher_logprobs" else 0
+                full = values.new_full((len(documents), *values.shape[1:]), filler)
+                full[torch.from_numpy(at)] = values
             out[name] = full.view(*shape, *values.shape[1:])
         return out
 
@@ -179,11 +185,9 @@ class SignalStore:
         place = torch.arange(int(long.max())).expand(len(rows), -1)
         return self.read(torch.where(place < long[:, None], document.cpu()[:, None], -1), place)
 
-    def head(self) -> dict[str, Tensor]:
-        """The teacher's head that goes with hidden states: "teacher_head" [V, D], and "teacher_head_bias" [V] if any.
-
-        A soft cap or scale of the logits is in `spec["head"]`.
-        """
+    def head(self) -> dict[str, Any]:
+        """The teacher's head that goes with hidden states: "teacher_head" [V, D], and where it has them
+        "teacher_head_bias" [V], "teacher_head_scale" and "teacher_head_softcap" (numbers)."""
         path = self.folder / "head.safetensors"
         try:
             tensors_ = load_file(path)
@@ -191,7 +195,11 @@ class SignalStore:
             raise BadInput(f"{path} is missing or damaged ({error}); a store of hidden states needs it") from error
         if fingerprint_of(tensors_) != self.spec["head"]["fingerprint"]:
             raise BadInput(f"{path} is not the head that the hidden states were captured with; capture them again")
-        return {{"weight": "teacher_head", "bias": "teacher_head_bias"}[k]: v for k, v in tensors_.items()}
+        out: dict[str, Any] = {"teacher_head": tensors_["weight"]}
+        if "bias" in tensors_:
+            out["teacher_head_bias"] = tensors_["bias"]
+        told = {"teacher_head_scale": self.spec["head"]["scale"], "teacher_head_softcap": self.spec["head"]["softcap"]}
+        return out | {key: float(value) for key, value in told.items() if value is not None}
 
     def _numbered(self, rows: Ids, which: Ids, places: Ids) -> tuple[list[NDArray[np.uint8]], Ids]:
         """The signals of some documents, and where among them each place's are; -1 where it was not asked for."""
@@ -220,8 +228,26 @@ class SignalStore:
             rows[mine] = np.frombuffer(content, dtype).reshape(-1, width)[numbers[mine]]
         return {"teacher_hidden" if isinstance(self.kind, Hidden) else "teacher_logits": self.kind.decode(rows)}
 
-    def _entries(self, contents: list[NDArray[np.uint8]], asked: Ids, which: Ids, numbers: Ids) -> Entries:
-        """Entries of the places `numbers` of the documents `which`, in that order."""
+    def _entries(self, rows: Ids, contents: list[NDArray[np.uint8]], asked: Ids, which: Ids, numbers: Ids) -> Entries:
+        """Entries of the places `numbers` of the documents `which`, in that order; from memory while there is room."""
+        new = [i for i, row in enumerate(rows) if int(row) not in self.decoded]
+        size = int(self.index.entries["kept"][rows[new]].sum())
+        if not len(rows) or size > self.room or asked.max() > LONG:
+            return self._decode(contents, asked, which, numbers)
+        self.room -= size
+        if new:
+            some, count = asked[new], np.cumsum(asked[new])
+            owner = np.repeat(np.arange(len(new)), some)
+            within = np.arange(len(owner)) - (count - some)[owner]
+            whole = self._decode([contents[i] for i in new], some, owner, within)
+            for i, stop in zip(new, count.tolist(), strict=True):
+                self.decoded[int(rows[i])] = whole.rows(stop - int(asked[i]), stop)
+        parts = [self.decoded[int(row)] for row in rows]
+        joined = Entries(*(np.concatenate([getattr(p, f) for p in parts]) for f in Entries.__dataclass_fields__))
+        return _pick(joined, (np.cumsum(asked) - asked)[which] + numbers)
+
+    def _decode(self, contents: list[NDArray[np.uint8]], asked: Ids, which: Ids, numbers: Ids) -> Entries:
+        """The same from the bytes."""
         wanted, back = np.unique(which * 2**32 + numbers // BLOCK, return_inverse=True)
         owner, block = np.divmod(wanted, 2**32)
         counts = -(-asked // BLOCK)

@@ -13,7 +13,7 @@ from limbeck.core.signals.coding import Entries
 from limbeck.core.signals.keys import Document
 from limbeck.core.signals.kinds import Kind
 
-__all__ = ["Given", "Local", "Source"]
+__all__ = ["Given", "Local", "Source", "fingerprint_of", "logits_of"]
 
 Given = Tensor | Entries
 
@@ -71,11 +71,14 @@ class Local:
                 "give no logits; choose another kind"
             )
         config = getattr(inner, "config", None)
-        cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
+        cap = getattr(config, "final_logit_softcapping", None) or None
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        scale = None if scale == 1 else float(scale)
         with torch.no_grad(), evaluating(self.module):
             out = outputs(self.module, {"inputs": document.tokens[None].to(device_of(self.module))})
-            again = found(out["hidden"]).float() * (scale or 1)
-        again = cap * torch.tanh(again / cap) if cap else again
+            if not {"hidden", "logits"} <= set(out):
+                raise BadInput(f"a store of kind `hidden` needs a teacher that returns 'hidden', got {', '.join(out)}")
+            again = logits_of(out["hidden"], found.weight, found.bias, scale, cap).float()
         off = float((again - out["logits"].float()).abs().max() / again.abs().max().clamp_min(1e-6))
         if off > 0.02:
             raise BadInput(
@@ -84,6 +87,14 @@ class Local:
             )
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in found.state_dict().items()}
         return tensors, {"fingerprint": fingerprint(found), "softcap": cap, "scale": scale}
+
+
+def logits_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None
+) -> Tensor:
+    """What a head [V, D] makes of hidden states [..., D]."""
+    logits = nn.functional.linear(hidden, weight, bias) * (scale or 1)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def fingerprint_of(head: dict[str, Tensor]) -> str:

@@ -7,22 +7,24 @@ capture that was killed and called again leaves the bytes that an undisturbed on
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
+from limbeck.core.maths import log_probs
 from limbeck.core.signals.coding import Codebook, Entries, Layout, encode, symbols
 from limbeck.core.signals.fidelity import of_dense, of_sparse
 from limbeck.core.signals.files import FORMAT, Index, Log, differs, stored_spec
 from limbeck.core.signals.keys import Document, as_documents, digest, text_fingerprint
 from limbeck.core.signals.kinds import Embedding, Full, Hidden, Kind, Sampled, TopK, kind_of, spec_of
-from limbeck.core.signals.sources import Given, Local, Source
+from limbeck.core.signals.sources import Given, Local, Source, logits_of
 from limbeck.core.store import write_spec
 
 __all__ = ["Coder", "capture", "changed"]
@@ -222,6 +224,18 @@ class Coder:
             self.layout = Layout(_count_classes(self.kind), self.kind.bits, tail, order)
             self.ranks = np.argsort(order)
             self.book = Codebook(np.load(folder / "lengths.npy", allow_pickle=False))
+        self.folder, self.head_told = folder, spec.get("head")
+
+    @cached_property
+    def head(self) -> Callable[[Tensor], Tensor] | None:
+        """Logits of hidden states, by the head that goes with them."""
+        if self.head_told is None:
+            return None
+        tensors = {key: value.float() for key, value in load_file(self.folder / "head.safetensors").items()}
+        return partial(
+            logits_of, weight=tensors["weight"], bias=tensors.get("bias"),
+            scale=self.head_told["scale"], softcap=self.head_told["softcap"],
+        )  # fmt: skip
 
     def record(self, document: Document, key: tuple[int, int], given: Given, seed: int) -> tuple[bytes, dict[str, Any]]:
         """The bytes of a document's signals, and its index entry."""
@@ -267,4 +281,16 @@ class Coder:
         told: dict[str, Any] = {"values": 8 * rows.nbytes}
         if isinstance(self.kind, Full):
             told |= {**of_dense(given, self.kind.decode(rows)), "kept": rows.size}
+        elif self.head is not None:
+            told |= self._through_head(given.cpu().float(), self.kind.decode(rows).float())
         return rows.tobytes(), told
+
+    def _through_head(self, given: Tensor, again: Tensor) -> dict[str, float]:
+        """Fidelity of hidden states [P, D]: of the distributions that the head makes of them, a stretch at a time."""
+        assert self.head is not None
+        sums: dict[str, float] = {}
+        for start in range(0, len(given), SLAB):
+            part = slice(start, start + SLAB)
+            told = of_dense(self.head(given[part]), log_probs(self.head(again[part])))
+            sums = {key: sums.get(key, 0.0) + value for key, value in told.items()}
+        return sums

@@ -403,14 +403,105 @@ def export(
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, devices, extras, threads, and a ten-second self-test."""
+def plan(
+    student_params: Annotated[str, typer.Option("--student-params", help="such as 300M")],
+    flops: Annotated[str, typer.Option("--flops", help="the whole budget, such as 3e20")],
+    teacher_loss: Annotated[str | None, typer.Option("--teacher-loss", help="nats a token, on the same text")] = None,
+    teacher_params: Annotated[str | None, typer.Option("--teacher-params", help="such as 7B")] = None,
+    teacher_tokens: Annotated[
+        str | None, typer.Option("--teacher-tokens", help="it was trained on, such as 2T")
+    ] = None,
+    pay: Annotated[str, typer.Option("--pay", help="of the teacher: nothing, inference, training or both")] = "",
+    students: Annotated[int, typer.Option("--students", help="that share the teacher's training")] = 1,
+    unique_tokens: Annotated[str | None, typer.Option("--unique-tokens", help="of text at hand")] = None,
+    fit: Annotated[Path | None, typer.Option("--fit", help="csv of your runs, to fit the laws to")] = None,
+    laws: Annotated[Path | None, typer.Option("--laws", help="JSON of fitted laws")] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="write the laws there, JSON")] = None,
+    resamples: Annotated[int, typer.Option("--resamples", min=0, help="bootstrap fits, for intervals")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Distil or train? Tokens and losses for a teacher, a student size and a compute budget, by scaling laws."""
+    from limbeck.plan import Question, answer, laws_of, lines, number
+
+    question = Question(
+        student=number(student_params, "--student-params") or 0.0,
+        flops=number(flops, "--flops") or 0.0,
+        teacher_loss=number(teacher_loss, "--teacher-loss"),
+        teacher=number(teacher_params, "--teacher-params"),
+        teacher_tokens=number(teacher_tokens, "--teacher-tokens"),
+        pay=pay,
+        students=students,
+        unique=number(unique_tokens, "--unique-tokens") or 0.0,
+    )
+    known = laws_of(fit, laws, resamples)
+    if save is not None:
+        known.save(save)
+    found = answer(question, known)
+    if as_json:
+        say(json.dumps(found.as_dict(), indent=1))
+        return
+    for line in lines(found, question):
+        say(line)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="a `teach` recipe to look at before it runs")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="a name, hf:NAME_OR_PATH, or {net: ...}")] = None,
+    student: Annotated[str | None, typer.Option("--student", help="likewise")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="a name, a path, or {name: ...}")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="examples of a step")] = 16,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="of the run; default: 10 epochs")] = None,
+    examples: Annotated[int, typer.Option("--examples", help="that both networks are compared on")] = 256,
+    top_k: Annotated[int, typer.Option("--top-k", help="first choices that are compared")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """This machine and a ten-second self-test; or, of a teacher, a student and data, whether distilling may pay."""
+    three = {"--teacher": teacher, "--student": student, "--data": data}
+    given = [option for option, value in three.items() if value is not None]
+    if recipe is not None and given:
+        raise BadInput(f"give a recipe, or --teacher, --student and --data; a recipe says its own {given[0][2:]}")
+    if recipe is not None or given:
+        _outlook(recipe, teacher, student, data, batch_size, steps, examples, top_k, as_json)
+        return
     from limbeck.doctor import examine
 
     lines, healthy = examine()
     for line in lines:
         say(line)
     if not healthy:
+        raise typer.Exit(1)
+
+
+def _outlook(
+    recipe: Path | None,
+    teacher: str | None,
+    student: str | None,
+    data: str | None,
+    batch_size: int,
+    steps: int | None,
+    examples: int,
+    top_k: int,
+    as_json: bool,
+) -> None:
+    from limbeck import recipe as recipes
+    from limbeck.outlook import lines, look, recipe_of
+    from limbeck.progress import live
+
+    if recipe is not None:
+        asked = recipes.load(recipe)
+    elif teacher is None or student is None or data is None:
+        raise BadInput("doctor looks at a pair of networks with --teacher, --student and --data, all three")
+    else:
+        asked = recipe_of(teacher, student, data, batch_size=batch_size, steps=steps)
+    with live(quiet=as_json or not first_process()) as progress:
+        found = look(asked, examples=examples, top_k=top_k, on_event=progress)
+    if as_json:
+        say(json.dumps(found.as_dict(), indent=1))
+    else:
+        for line in lines(found):
+            say(line)
+    if found.problem:
         raise typer.Exit(1)
 
 

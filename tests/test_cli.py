@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.tiny import command, environment, limbeck, recipe
 
-COMMANDS = "demo run list show new check catalogue verify tune compare label report export doctor schema".split()
+COMMANDS = "demo run list show new check catalogue verify tune compare label report export plan doctor schema".split()
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ LAYERS = (
     ("run", "catalogue", "progress"),
     ("api",),
     ("",),  # limbeck itself: the public API, which only looks things up when they are asked for
-    ("demo", "describe", "doctor", "export", "verify"),  # what the commands do
+    ("demo", "describe", "doctor", "export", "outlook", "plan", "verify"),  # what the commands do
     ("tune", "compare"),  # many recipes at once
     ("cli",),
     ("__main__",),

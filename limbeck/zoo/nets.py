@@ -23,6 +23,7 @@ from limbeck.shape.layers.layer_choice import layer_choice
 from limbeck.zoo.convnet import convnet, mlp
 from limbeck.zoo.denoise import denoiser_mlp, generator, unet
 from limbeck.zoo.lora import adapted
+from limbeck.zoo.pictures import painter, patch_judge
 from limbeck.zoo.resnet import resnet, wrn
 from limbeck.zoo.text import bag, text_cnn
 from limbeck.zoo.transformer import text_encoder, tiny_lm, vit_tiny
@@ -44,6 +45,8 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "unet": unet,
     "denoiser_mlp": denoiser_mlp,
     "generator": generator,
+    "painter": painter,
+    "patch_judge": patch_judge,
 }
 DENOISERS = ("unet", "denoiser_mlp")
 FACTS = {
@@ -84,7 +87,7 @@ def build(
     known = {key: value for key, value in facts.items() if value is not None}
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), body, known)
-    if name.startswith("hf:"):
+    if is_transformers(name):
         return _transformers(name.removeprefix("hf:"), body, known)
     if ":" in name and name.partition(":")[0].endswith(".py"):
         return _own(name, body, known)
@@ -96,6 +99,13 @@ def build(
     if wrapped is None:
         return module
     return Denoiser.from_spec(module, {"schedule": wrapped} if isinstance(wrapped, str) else dict(wrapped))
+
+
+def is_transformers(name: str) -> bool:
+    """Whether a name is that of a transformers model: hf:NAME_OR_PATH, owner/name, or a saved model's folder."""
+    own = ":" in name and name.partition(":")[0].endswith(".py")
+    saved = "/" in name and (Path(name).expanduser() / "config.json").exists()
+    return name.startswith("hf:") or saved or bool(not own and re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
 def _called(
@@ -154,6 +164,7 @@ def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) ->
         text = "vocab" in known
         kind = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
         facts = {"num_labels": known["classes"]} if "classes" in known else {}
+    transformers.utils.logging.disable_progress_bar()
     try:
         module: nn.Module = kind.from_pretrained(name, **facts | options)
     except (OSError, ValueError, TypeError) as error:

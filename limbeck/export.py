@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from limbeck.adapters.files import load as load_data
 from limbeck.adapters.words import Pretrained
 from limbeck.core.errors import BadInput, LimbeckError, MissingExtra, nearest
 from limbeck.core.nets import outputs
@@ -112,7 +113,7 @@ class _Student:
             made = shaped(setting)
             load_weights(made, str(self.place / WEIGHTS), ())
             return plain(made).eval(), one(setting.splits.test)["inputs"]
-        splits = build.load_splits(recipe.data.name, recipe.data.options)
+        splits = load_data(build.data_of(recipe))
         if (self.place / "config.json").exists():
             module = _from_config(self.place / "config.json")
         elif (self.place / "net.json").exists():
@@ -195,8 +196,8 @@ def _hf(student: _Student, out: Path) -> str:
         kind = type(module).__name__
         raise BadInput(f"{kind} is no transformers model, so it has no `hf` form; export safetensors, torch or onnx")
     module.save_pretrained(out)
-    named = student.recipe().data if (student.run / "recipe.yaml").exists() else None
-    tokenizer = named.options.get("tokenizer") if named is not None else None
+    recipe = student.recipe() if (student.run / "recipe.yaml").exists() else None
+    tokenizer = build.data_of(recipe).get("tokenizer") if recipe is not None and recipe.data is not None else None
     if isinstance(tokenizer, str) and ("/" in tokenizer or Path(tokenizer).exists()):
         Pretrained(tokenizer).inner.save_pretrained(out)
     return ""

@@ -16,32 +16,6 @@ from limbeck.core.errors import BadInput
 from limbeck.core.nets import outputs
 from limbeck.zoo.nets import build
 
-TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<s>system\nBe brief.</s>\n{% endif %}"
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer with a chat template, on disk."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    inner.train_from_iterator(["two and two are four, said the user to the assistant"] * 3, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
-    made.chat_template = TEMPLATE
-    folder = tmp_path_factory.mktemp("tokenizer")
-    made.save_pretrained(folder)
-    return folder
-
 
 def talk(*turns: str) -> list[chats.Message]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]

@@ -27,7 +27,10 @@ OPERATIONS = {
 }
 
 # The losses that wait, and why they must.
-WAITING = {"wad": "the rounds of leaving examples out are counted on the host"}
+WAITING = {
+    "wad": "the rounds of leaving examples out are counted on the host",
+    "hidden_state_shipping": "only places that count are projected, and the host must know how many they are",
+}
 
 LOSSES = sorted(name for name in find.names() if find.family(name) == "losses")
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from limbeck.adapters.files import load as load_data
 from limbeck.core.find import get
 from limbeck.core.nets import outputs
 from limbeck.recipe import load
@@ -55,7 +56,7 @@ def test_a_tree_is_fitted_and_neither_trained_nor_recovered(run: Path) -> None:
 
 
 def test_its_control_is_the_same_tree_on_labels(run: Path) -> None:
-    splits = build.load_splits("tiny.npz", {})
+    splits = load_data("tiny.npz")
     told = build.setting(load(run / "recipe.yaml"), run, None, True)
     assert told.teacher is not None
     batches = list(shape.everything(told.recipe, splits.train, 0))
@@ -78,7 +79,7 @@ def test_arms_beside_it_change_its_knobs(tmp_path: Path) -> None:
 
 
 def test_it_is_shown_every_example_once(tmp_path: Path) -> None:
-    table = build.load_splits("tiny.npz", {}).train if grown(tmp_path) else None
+    table = load_data("tiny.npz").train if grown(tmp_path) else None
     assert table is not None
     batches = list(shape.everything(load(tmp_path / "tiny.yaml"), table, 0))
     assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(len(table)))
@@ -87,7 +88,7 @@ def test_it_is_shown_every_example_once(tmp_path: Path) -> None:
 
 def test_augmented_examples_come_as_often_as_training_would_show_them(tmp_path: Path) -> None:
     path = grown(tmp_path, data={"name": "tiny.npz", "augment": ["flip"]}, train={"epochs": 3, "batch_size": 16})
-    table = build.load_splits("tiny.npz", {}).train
+    table = load_data("tiny.npz").train
     first, second = (list(shape.everything(load(path), table, seed)) for seed in (0, 1))
     shown = torch.cat([batch["index"] for batch in first])
     assert shown.bincount().tolist() == [3] * len(table)

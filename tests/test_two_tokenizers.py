@@ -422,7 +422,7 @@ def test_a_recipe_names_the_tokenizer_of_its_teacher(tmp_path: Path) -> None:
     made = setting(_recipe(), tmp_path / "run", lambda e: notes.append(str(e.get("note", ""))), False)
     assert made.teacher is not None and made.teacher.vocab == 270  # trained in its own tokens
     assert made.build("student").vocab == made.splits.train.vocab != 270
-    assert {"same_words", "nearest_words"} == set(made.splits.train.constants)
+    assert {"same_words", "nearest_words", "word_starts", "words"} == set(made.splits.train.constants)
     assert any("stretches" in note and "left out" in note for note in notes)
     outcome, _ = teach.run(made, "teacher", 0, tmp_path / "teacher")
     size = sum(map(len, (pieces_of(made.splits.test.teacher_tokenizer).words[i] for i in made.splits.test[

@@ -129,6 +129,8 @@ def load(
     if kind == "language":
         splits, teacher_tokenizer = _language(raws, source, teacher_tokenizer)
     elif kind == "chat":
+        if teacher_tokenizer is not None:
+            raise BadInput("conversations are read in one tokenizer; for a teacher with another give plain texts")
         splits = _chats(raws, source, note)
     else:
         splits = _examples(raws, source, kind)
@@ -493,9 +495,14 @@ def _language(
 
     def table(text: str) -> Table:
         columns = words.blocks(tokenizer.encode(text), source.length, pad)
-        return Table(columns, "tokens", name=source.name, tokenizer=tokenizer)
+        return Table(columns, "tokens", name=source.name, tokenizer=tokenizer, constants=_words(tokenizer))
 
     return Splits(*map(table, texts)), other
+
+
+def _words(tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """How many ids are words, where the heads of networks may be padded to more."""
+    return {"words": torch.tensor([tokenizer.size])}
 
 
 def _chats(raws: dict[str, Raw], source: Source, note: Callable[[str], None] | None) -> Splits:
@@ -513,7 +520,8 @@ def _chats(raws: dict[str, Raw], source: Source, note: Callable[[str], None] | N
         coded = [chats.encoded(tokenizer, messages) for messages in talks]
         columns, first, left_out = chats.columns(coded, source.length, pad, pack=source.pack)
         rows = [{"messages": talks[i]} for i in first]
-        tables.append(replace(table, columns=columns, kind="tokens", tokenizer=tokenizer, rows=rows))
+        made = Table(columns, "tokens", name=table.name, tokenizer=tokenizer, rows=rows, constants=_words(tokenizer))
+        tables.append(made)
         lost += left_out
     if lost and note is not None:
         note(f"{lost} of {sum(map(len, spoken))} conversations say nothing within {source.length} tokens: left out")

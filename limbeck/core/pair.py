@@ -1,5 +1,6 @@
 """One learner, its teacher, and what is matched between the two: what schemes with several such pairs share."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from limbeck.core.headloss import route
 from limbeck.core.match import Match, parse
 from limbeck.core.nets import RETOLD, Batch, Nets, evaluating
 from limbeck.core.reduce import Part
+from limbeck.core.vocabularies import real_words
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Pair:
             with torch.no_grad():
                 have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch, logits=logits).items()}
         have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch, logits=logits).items()}
+        if words := padded(have):
+            have = cut(have, words)
         for side in ("student", "teacher"):  # losses for two vocabularies ask by another name, as they may differ
             if f"{side}_logits" in have:
                 have[f"{side}_vocab_logits"] = have[f"{side}_logits"]
@@ -65,8 +69,11 @@ class Pair:
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
         with torch.no_grad(), evaluating(*nets.modules.values()):  # so that no statistics move
+            self._report_padding(nets, probe)
             if route.has_head_form(self.matches):
-                nets.logit_free |= {p for p in (self.learner, self.teacher) if route.has_head(nets, p, probe)}
+                heights = {p: route.height(nets, p, probe) for p in (self.learner, self.teacher)}
+                if len({*heights.values()} - {0}) == 1 or "words" in probe:
+                    nets.logit_free |= {p for p, rows in heights.items() if rows}
             if self.without_logits(nets, probe):
                 self.parts(nets, probe, 0.0)
                 return nn.ModuleDict()
@@ -79,6 +86,24 @@ class Pair:
                 if not m.is_module:
                     m.part(have, 0.0)
         return nn.ModuleDict({m.name: m.build(shapes) for m in self.matches if m.is_module})
+
+    def _report_padding(self, nets: Nets, probe: Batch) -> None:
+        """Warn of the probability that is dropped with ids that are no words, looked at on a few places."""
+        if not self.uses_teacher or self._stored(probe) or "words" not in probe or "teacher_inputs" in probe:
+            return
+        few = {k: v[:2] for k, v in probe.items() if isinstance(v, Tensor) and v.ndim}
+        have: dict[str, Any] = {"words": probe["words"]}
+        for side, player in (("student", self.learner), ("teacher", self.teacher)):
+            have[f"{side}_logits"] = nets.run(player, few).get("logits") if player in nets else None
+        if words := padded(have):
+            student, teacher = have["student_logits"], have["teacher_logits"]
+            _, _, mine, its = real_words(student, teacher, words)
+            warnings.warn(
+                f"the heads of student and teacher have {student.shape[-1]:,} and {teacher.shape[-1]:,} rows for "
+                f"{words:,} words; what they put on the other rows is dropped: {float(mine.mean()):.2g} and "
+                f"{float(its.mean()):.2g} of their probability",
+                stacklevel=2,
+            )
 
     def parts(self, nets: Nets, batch: Batch, progress: float) -> dict[str, Part]:
         """The weighted mean of every loss, by name."""
@@ -96,6 +121,21 @@ def parse_all(specs: Iterable[Any]) -> tuple[Match, ...]:
         times = 1 + sum(m.loss is match.loss for m in out)
         out.append(match if times == 1 else replace(match, name=f"{match.name}_{times}"))
     return tuple(out)
+
+
+def cut(have: dict[str, Any], words: int) -> dict[str, Any]:
+    """With the logits of real words alone, where student and teacher of one tokenizer have heads of other heights."""
+    return have | {name: have[name][..., :words] for name in ("student_logits", "teacher_logits")}
+
+
+def padded(have: Mapping[str, Any]) -> int:
+    """How many real words there are, where heads of one tokenizer are padded to different heights; 0 elsewhere."""
+    student, teacher, words = (have.get(name) for name in ("student_logits", "teacher_logits", "words"))
+    if student is None or teacher is None or words is None or "teacher_inputs" in have:
+        return 0
+    if student.shape[-1] == teacher.shape[-1] or int(words) > min(student.shape[-1], teacher.shape[-1]):
+        return 0
+    return int(words)
 
 
 def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:

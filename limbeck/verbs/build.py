@@ -46,7 +46,7 @@ def setting(
         if recipe.data is None:
             raise BadInput(f"{recipe.at('do')}the recipe {recipe.name!r} names no data")
         with recipe.blamed("data"):
-            splits = _two_tokenizers(recipe, on_event) or load_splits(recipe.data.name, recipe.data.options)
+            splits = _two_tokenizers(recipe, on_event) or load_data(data_of(recipe), note=_noted(on_event))
     elif recipe.teacher is not None and recipe.teacher.tokenizer is not None and splits.train.teacher_tokenizer is None:
         raise BadInput(
             f"{recipe.at('teacher', 'tokenizer')}data that is given as an object must hold its text in the teacher's "
@@ -95,9 +95,18 @@ def objects(networks: Mapping[str, Any] | None, recipe: Recipe) -> tuple[str, ..
     return (*_given(networks), *(["data"] if recipe.data is None else []))
 
 
-def load_splits(name: str, options: Mapping[str, Any]) -> Splits:
-    """The data by name or path, or the condensed set in a run folder."""
-    return load_data({"name": name, **options})
+def data_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's data as the loader reads it; texts for a transformers student are in its own tokens, if unsaid."""
+    assert recipe.data is not None
+    told = {"name": recipe.data.name, **recipe.data.options}
+    reader = recipe.student or recipe.teacher
+    if reader is not None and not reader.served and zoo.is_transformers(reader.net):
+        told.setdefault("tokenizer", reader.net.removeprefix("hf:"))
+    return told
+
+
+def _noted(on_event: Event | None) -> Callable[[str], None] | None:
+    return None if on_event is None else lambda said: on_event({"note": said})
 
 
 def _two_tokenizers(recipe: Recipe, on_event: Event | None) -> Splits | None:
@@ -107,15 +116,13 @@ def _two_tokenizers(recipe: Recipe, on_event: Event | None) -> Splits | None:
     tokenizer: Any = recipe.teacher.tokenizer
     if recipe.teacher.train is not None and recipe.teacher.data:  # it is made of what the teacher reads
         own = _own_data(recipe, recipe.teacher)
-        tokenizer = load_splits(own["name"], {k: v for k, v in own.items() if k not in ("name", "augment")})[
-            0
-        ].tokenizer
+        tokenizer = load_data({k: v for k, v in own.items() if k != "augment"}).train.tokenizer
     asked = {name for name in teach.asked(recipe) if name in CONSTANTS}
     return load_data(
-        {"name": recipe.data.name, **recipe.data.options},
+        data_of(recipe),
         teacher_tokenizer=tokenizer,
         constants=sorted({"same_words", *asked}),
-        note=(lambda said: on_event({"note": said})) if on_event is not None else None,
+        note=_noted(on_event),
     )
 
 
@@ -264,7 +271,7 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
         return
     splits = made.splits
     if spec.data or spec.tokenizer is not None:
-        splits = load_splits(data["name"], {k: v for k, v in data.items() if k not in ("name", "augment")})
+        splits = load_data({k: v for k, v in data.items() if k != "augment"})
     if made.on_event is not None:
         made.on_event({"arm": "teacher", "seed": 0, "label": f"training the teacher {spec.net}"})
     changed = recipe.with_changes({"data": data}) if data else recipe

@@ -128,7 +128,7 @@ def _net(recipe: Recipe, spec: Net, *path: Any) -> None:
         for key, value in spec.options.items():
             with recipe.blamed(*path, key):
                 knobs.check(spec.net, function, {key: value} if key not in fixed else {})
-    elif ":" not in spec.net:
+    elif ":" not in spec.net and not zoo.is_transformers(spec.net):
         with recipe.blamed(*path, "net"):
             zoo.build(spec.net)  # says which there are
     if spec.train is not None:

@@ -370,12 +370,18 @@ def judge(
     return {name: sum(count * one[name] for count, one in found) / total for name in (found[0][1] if found else ())}
 
 
-def bits_per_byte(table: Table, nll: float) -> float:
-    """What a mean negative log-likelihood a token, in nats, makes a byte of the text, in bits."""
-    size = torch.tensor([len(piece) for piece in pieces_of(table.tokenizer).words])
-    mask = table.columns.get("mask", torch.ones_like(table["labels"])).bool()
-    told = table["labels"][mask]
-    return nll * len(told) / math.log(2) / max(1, int(size[told.clamp_max(len(size) - 1)].sum()))
+def bits_a_nat(table: Table) -> float:
+    """What makes a mean negative log-likelihood a token, in nats, one a byte of the text, in bits; 0 where nobody knows
+    which bytes the tokens are."""
+    if _valid(table) is None or table.tokenizer is None:
+        return 0.0
+    try:
+        words = pieces_of(table.tokenizer).words
+    except BadInput:
+        return 0.0
+    told = table["labels"].flatten()[_valid(table)]
+    size = torch.tensor([len(word) for word in words])[told.clamp_max(len(words) - 1)].sum()
+    return len(told) / math.log(2) / max(1, int(size))
 
 
 def _valid(table: Table) -> Tensor | None:

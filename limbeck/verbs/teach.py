@@ -13,7 +13,7 @@ from limbeck.verbs.setting import (
     WEIGHTS,
     Outcome,
     Setting,
-    bits_per_byte,
+    bits_a_nat,
     cost,
     default_measures,
     judge,
@@ -25,6 +25,7 @@ from limbeck.verbs.setting import (
     save_network,
     validator,
 )
+from limbeck.zoo.lora import merged
 
 
 def arms(recipe: Recipe) -> list[str]:
@@ -110,20 +111,20 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         )
         for taps in nets.taps.values():
             taps.remove()
-        module, seconds = nets.find(learner), fitted.seconds
+        module, seconds = merged(nets.find(learner)), fitted.seconds
         save_network(module, folder, setting.spec("student"))
     table = setting.splits.test
     mine = table.retold() if arm == "teacher" else table
     metrics = judge(module, mine, measures, setting.teacher, eye)
-    if table.teacher_tokenizer is not None and "nll" in metrics:  # tokens of two sizes compare by the byte only
-        metrics["bits_per_byte"] = bits_per_byte(mine, metrics["nll"])
+    if "nll" in metrics and (size := bits_a_nat(mine)):  # tokens of two sizes compare by the byte only
+        metrics["bits_per_byte"] = metrics["nll"] * size
     figures = cost(module, one(mine))
     return outcome_of(label(setting.recipe, arm), metrics, figures, seconds), module
 
 
 def artefact(setting: Setting, folder: Path) -> nn.Module:
     """The student of a finished arm."""
-    module = setting.build("student")
+    module = merged(setting.build("student"))  # what was saved has no adapters
     load_weights(module, str(folder / WEIGHTS), ())
     return module.eval()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.card import method
+from limbeck.core.errors import BadInput
 from limbeck.core.headloss import Term, ce, divergences, head_loss, route
 from limbeck.core.maths import kl
 from limbeck.core.nets import Batch, Nets, outputs
@@ -167,3 +168,31 @@ def test_logits_are_spared() -> None:
     for model in (zoo(16), llama(16), adapted(16)):
         told = outputs(model, batch(), logits=False)
         assert "logits" not in told and told["hidden"].shape[:2] == (3, 7) and told["head"].shape[0] == WORDS
+
+
+class Padded(nn.Module):
+    """A language model whose head has more rows than there are words."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.inner = build({"net": "tiny_lm", "width": 16, "layers": 1, "heads": 1}, vocab=rows)
+
+    def forward(self, inputs: Tensor, *, logits: bool = True) -> Any:
+        return self.inner(inputs, logits=logits)
+
+
+@pytest.mark.parametrize("worth", [8, 10**9])
+def test_heads_padded_to_other_heights_are_compared_by_their_words(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "WORTH", worth)
+    torch.manual_seed(0)
+    student, teacher, data = Padded(WORDS + 4), Padded(WORDS + 9), batch()
+    pair = Pair("student", "teacher", parse_all([soft]))
+    with pytest.raises(BadInput, match="the student has 100 classes and the teacher has 105 classes"):
+        pair.build(Nets(student=student, teacher=teacher), data)
+    nets, data = Nets(student=student, teacher=teacher), {**data, "words": torch.tensor([WORDS])}
+    with pytest.warns(UserWarning, match=r"have 100 and 105 rows for 96 words; .* dropped: 0\.\d+ and 0\.\d+ of their"):
+        pair.build(nets, data)
+    assert pair.without_logits(nets, data) is (worth == 8)
+    logits = [outputs(net, data)["logits"][..., :WORDS] for net in (student, teacher)]
+    expected = soft(*logits)[data["mask"]].mean().item()
+    assert pair.parts(nets, data, 0.0)["soft"].value.item() == pytest.approx(expected, rel=1e-5)

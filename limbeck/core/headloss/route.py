@@ -36,18 +36,20 @@ def term_of(match: Match, progress: float) -> Term | None:
     return term
 
 
-def has_head(nets: Nets, player: str, probe: Batch) -> bool:
-    """Whether a large vocabulary's logits of a player can be made from its hidden states and head: tried on a few."""
+def height(nets: Nets, player: str, probe: Batch) -> int:
+    """Rows of a player's head, if the logits of a large vocabulary can be made from it and the hidden states, which is
+    tried on a few places; else 0."""
     if not player or player.split(".")[0] not in nets or not can_spare_logits(nets.find(player)):
-        return False
+        return 0
     few = {k: v[:1, :8] for k, v in probe.items() if k in ("inputs", "attention_mask", "segments")}
     with torch.no_grad():
         have = {f"student_{k}": v for k, v in nets.run(player, few).items()}
     head = head_of(have, "student")
     if head is None or len(head.weight) < WORTH or have["student_logits"].shape[-1] != len(head.weight):
-        return False
+        return 0
     told, made = have["student_logits"].float(), rebuilt(head).float()
-    return bool(torch.allclose(told, made, rtol=1e-2, atol=1e-2 * float(told.abs().max())))
+    same = torch.allclose(told, made, rtol=1e-2, atol=1e-2 * float(told.abs().max()))
+    return len(head.weight) if same else 0
 
 
 def head_of(have: Mapping[str, Any], side: str) -> Head | None:
@@ -109,7 +111,10 @@ def parts(matches: Sequence[Match], have: Mapping[str, Any], progress: float) ->
             asked = [terms[k] for k in group]
             teacher = teacher_of(have) if any(t.against == "teacher" for t in asked) else None
             safe = None if labels is None else labels.clamp_min(0)
-            values |= dict(zip(group, head_loss(student, teacher, asked, labels=safe, mask=counts), strict=True))
+            padded = isinstance(teacher, Head) and len(teacher.weight) != len(student.weight)
+            words = int(have["words"]) if padded else None
+            found = head_loss(student, teacher, asked, labels=safe, mask=counts, words=words)
+            values |= dict(zip(group, found, strict=True))
     if "teacher_weights" in have:  # draws from a tempered proposal sum to 1 on average only, and must stay so
         total = have["teacher_weights"].detach().sum(-1)
         values |= {k: total.to(v.dtype) * v for k, v in values.items() if terms[k].against == "teacher"}

@@ -87,6 +87,13 @@ class Pair:
                     m.part(have, 0.0)
         return nn.ModuleDict({m.name: m.build(shapes) for m in self.matches if m.is_module})
 
+    def own(self, nets: Nets, probe: Batch) -> None:
+        """`build`, and put the losses that own weights where they train with the learner."""
+        owned = self.build(nets, probe)
+        if owned:
+            setattr(nets, self.losses, owned)
+            nets.companions[self.learner] = [self.losses]
+
     def _report_padding(self, nets: Nets, probe: Batch) -> None:
         """Warn of the probability that is dropped with ids that are no words, looked at on a few places."""
         if not self.uses_teacher or self._stored(probe) or "words" not in probe or "teacher_inputs" in probe:

@@ -41,7 +41,7 @@ def minilm_v2(
 
     relation_heads: A >= 1, as far as it divides both widths; 48 for a teacher of 12 heads, 64 for 16; more are finer.
     layer: of the teacher, from shallow (0) or from deep (-1); for large teachers one of the upper middle, 21 of 24.
-    query_weight: >= 0. key_weight: >= 0. value_weight: >= 0.
+    query_weight, key_weight, value_weight: >= 0.
 
     *Needs*: `queries`, `keys` and `values` of both (`attn: true` in the zoo), of the same tokens.
     *Relates to*: weight 1 alone on unlabelled text, then `ce`; 1 to 10 beside `ce` and `kd`. For equal heads `minilm`.

@@ -32,7 +32,6 @@ def mlkd(
     """sum_T (T^2 mean_i KL(t_i || s_i) + |t t' - s s'|^2 / B + |t' t - s' s|^2 / C), each weighted.  [..., C] x 2 -> []
 
     s, t: probabilities [B, C] at temperature T, ' the transpose, |.|^2 the sum of squares.
-
     temperatures: all are summed, each > 0.
     instance_weight: weight of the examples' own predictions, >= 0; with the other two at 0 and one temperature, `kd`.
     batch_weight: weight of how alike every two examples are, >= 0; costs B x B numbers.

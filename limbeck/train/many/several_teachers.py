@@ -45,10 +45,7 @@ class SeveralTeachers:
         """Check that there are teachers, and build the losses that own weights."""
         if not self.teachers(nets):
             raise BadInput("several_teachers needs nets.teachers, a list of at least one network, or nets.teacher")
-        owned = self.pair.build(nets, self.heard(nets, probe))
-        if owned:
-            nets.losses = owned
-            nets.companions["student"] = ["losses"]
+        self.pair.own(nets, self.heard(nets, probe))
 
     def teachers(self, nets: Nets) -> list[str]:
         """Who teaches."""

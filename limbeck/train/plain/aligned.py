@@ -46,10 +46,7 @@ class Aligned:
         """Check that every loss finds what it asks for, and build the losses that own weights."""
         if len(self.match) < 2:
             raise BadInput(f"`aligned` keeps the others from opposing the first loss; `match` has {len(self.match)}")
-        owned = self.pair.build(nets, probe)
-        if owned:
-            nets.losses = owned
-            nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""

@@ -35,10 +35,7 @@ class Distill:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that every loss finds what it asks for, and build the losses that own weights."""
-        owned = self.pair.build(nets, probe)
-        if owned:
-            nets.losses = owned
-            nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""

@@ -67,10 +67,7 @@ class E2KD:
             raise BadInput("`e2kd` asks the teacher for gradients, so it needs the teacher itself, not a store")
         if probe["inputs"].ndim != 4:
             raise BadInput(f"e2kd explains pictures [B, C, H, W], but inputs are {list(probe['inputs'].shape)}")
-        owned = self.pair.build(nets, probe)
-        if owned:
-            nets.losses = owned
-            nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""

@@ -67,8 +67,7 @@ class FlexKD:
         """Check the losses on one batch, and make room for what the units are worth."""
         if "teacher" not in nets:
             raise BadInput("`flex_kd` asks the teacher for gradients, so it needs the teacher itself, not a store")
-        nets.losses = self.pair.build(nets, probe)
-        nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """Judging the teacher's units, then teaching."""

@@ -68,8 +68,7 @@ class FT:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check the losses on one batch, and build paraphraser and translator for its features."""
-        nets.losses = self.pair.build(nets, probe)
-        nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """The paraphraser's, then the student's."""

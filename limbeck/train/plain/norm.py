@@ -71,8 +71,7 @@ class NORM:
         nets.student = Grafted(nets.student, neck, student.head, cut=student.path, reads=student.reads)
         if teacher.reads.endswith(":in"):
             tap(nets, "teacher", "aim", teacher.reads)
-        nets.losses = self.pair.build(nets, probe)
-        nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """One; then the student is plain again."""

@@ -67,8 +67,7 @@ class ScaleKD:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Build the projectors from one batch, and check that the named layers are the teacher's last stage."""
-        nets.losses = self.pair.build(nets, probe)
-        nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
         if not self.stage:
             return
         with torch.no_grad(), evaluating(*nets.modules.values()):

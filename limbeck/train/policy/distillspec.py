@@ -63,10 +63,7 @@ class DistillSpec:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that every loss finds what it asks for, and build the losses that own weights."""
-        owned = self.pair.build(nets, probe)
-        if owned:
-            nets.losses = owned
-            nets.companions["student"] = ["losses"]
+        self.pair.own(nets, probe)
 
     def texts(self, nets: Nets, batch: Batch) -> Batch:
         """The batch, with its completions written anew by whoever is drawn."""

@@ -62,10 +62,7 @@ class BAN:
         """Check the losses on one batch: of the student against the teacher, or against itself."""
         pair = self.pair(nets, 0)
         pair.build(nets, probe)
-        owned = Pair("student", pair.teacher or "student", self.matches).build(nets, probe)
-        if owned:
-            nets.losses = owned
-            nets.companions["student"] = ["losses"]
+        Pair("student", pair.teacher or "student", self.matches).own(nets, probe)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """One stage a generation."""

@@ -41,6 +41,7 @@ class Description:
             "code": self.card.code,
             "differs": self.card.differs,
             "exceptions": self.card.exceptions,
+            "head_form": self.card.head is not None,
             "levels": levels,
         }
 
@@ -53,6 +54,8 @@ class Description:
             lines += [f"  {n:<18} {_asked(n)}" for n in self.asks]
         if self.takes:
             lines.append("takes when at hand: " + ", ".join(self.takes))
+        if card.head is not None:
+            lines.append("needs no logits where a vocabulary is large: hidden states and heads will do")
         lines.append("knobs" if self.knobs else "knobs: none")
         lines += [f"  {k:<18} {v}" for k, v in self.knobs.items()]
         lines.append(f"paper    {card.paper}" + (f"  https://arxiv.org/abs/{card.arxiv}" if card.arxiv else ""))

@@ -329,6 +329,8 @@ def test_show_says_everything_of_a_method() -> None:
         assert part in page, part
     body = json.loads(limbeck("show", "dml", "--json").out)
     assert body["name"] == "dml" and "weight" in body["knobs"] and body["levels"]
+    assert body["head_form"] is False and json.loads(limbeck("show", "akl", "--json").out)["head_form"] is True
+    assert "needs no logits" in limbeck("show", "akl").out
 
 
 def test_new_and_check_in_a_copy_of_the_package(tmp_path: Path) -> None:

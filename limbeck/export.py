@@ -197,7 +197,10 @@ def _hf(student: _Student, out: Path) -> str:
         raise BadInput(f"{kind} is no transformers model, so it has no `hf` form; export safetensors, torch or onnx")
     module.save_pretrained(out)
     recipe = student.recipe() if (student.run / "recipe.yaml").exists() else None
-    tokenizer = build.data_of(recipe).get("tokenizer") if recipe is not None and recipe.data is not None else None
+    told = {} if recipe is None or recipe.data is None else build.data_of(recipe)
+    named = recipe is not None and recipe.data is not None and "tokenizer" in recipe.data.options
+    texts = named or told.get("kind") in ("chat", "language", "text")
+    tokenizer = told.get("tokenizer") if texts else None  # data of token ids was made by one that nobody knows
     if isinstance(tokenizer, str) and ("/" in tokenizer or Path(tokenizer).exists()):
         Pretrained(tokenizer).inner.save_pretrained(out)
     return ""

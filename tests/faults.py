@@ -89,8 +89,8 @@ def _faults() -> Iterator[Fault]:
     yield _fault("another layer than asked for", fitnets, hint, hint.replace("self.layer", "0"))
     yield _fault(
         "projector never trained",
-        "train/plain/distill.py",
-        'nets.companions["student"] = ["losses"]',
+        "core/pair.py",
+        "nets.companions[self.learner] = [self.losses]",
         "pass",
         "fitnets",
     )

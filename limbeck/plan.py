@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from limbeck.core import capacity
 from limbeck.core.errors import BadInput, nearest
-from limbeck.measure.laws import _capacity as capacity
-from limbeck.measure.laws._scaling import CHINCHILLA, TESTED, Laws, Runs, fit, stacked
+from limbeck.core.laws import CHINCHILLA, TESTED, Laws, Runs, fit, stacked
 
 __all__ = ["Question", "answer", "number", "read_runs"]
 

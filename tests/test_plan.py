@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from limbeck.core import find
+from limbeck.core.capacity import RATIO, ladder, width_sparsity
 from limbeck.core.errors import BadInput
-from limbeck.measure.laws._capacity import RATIO, ladder, width_sparsity
-from limbeck.measure.laws._scaling import CHINCHILLA, Distilled, Laws, Range, Runs, Supervised, fit, stacked
+from limbeck.core.laws import CHINCHILLA, Distilled, Laws, Range, Runs, Supervised, fit, stacked
 from limbeck.plan import Question, answer, number, read_runs, tokens_for
 from tests.tiny import limbeck
 
@@ -226,8 +226,8 @@ def test_the_command_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_the_command_fits_runs_of_a_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limbeck.measure.laws._scaling.FOLLOWED", 3)  # how well it fits is tested above
-    monkeypatch.setattr("limbeck.measure.laws._scaling.FINISHED", 1)
+    monkeypatch.setattr("limbeck.core.laws.FOLLOWED", 3)  # how well it fits is tested above
+    monkeypatch.setattr("limbeck.core.laws.FINISHED", 1)
     found = runs()
     lines = ["student_params,tokens,loss,teacher_loss,teacher_params,teacher_tokens"]
     lines += [

@@ -15,7 +15,7 @@ from limbeck.core.batches import Batches, Table
 from limbeck.core.errors import BadInput, Interrupted
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Plan, fit
-from limbeck.core.maths import kl, reverse_kl
+from limbeck.core.maths import kl, label_logprobs, reverse_kl
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.policy import (
     Replay,
@@ -25,7 +25,6 @@ from limbeck.core.policy import (
     remaining,
     rollout,
     rows,
-    said,
     share,
     starts,
     to_go,
@@ -198,7 +197,7 @@ def test_mini_llm_has_the_official_numbers():
     ref = reference("mini_llm")
     now, old, teacher, labels, mask = (tensor(ref["inputs"][n]) for n in ("now", "old", "teacher", "labels", "mask"))
     method, everywhere = knobs.make("mini_llm", ref["knobs"]), torch.ones_like(mask)
-    log_q, log_p = said(old, labels), said(teacher, labels)
+    log_q, log_p = label_logprobs(old, labels), label_logprobs(teacher, labels)
     rewards = method.rewards(log_q, log_p)
     same(rewards, ref["rewards"])
     assert rewards.abs().max() == 1.5  # the bound is met
@@ -207,7 +206,9 @@ def test_mini_llm_has_the_official_numbers():
     same(advantages, ref["advantages"])
     same(to_go(rewards, mask) / remaining(mask), torch.where(mask, tensor(ref["returns"]), 0.0).tolist())
     now.requires_grad_()
-    policy = mean(method.policy(said(now, labels), log_q, method.weights(log_q, log_p), advantages), mask).value
+    policy = mean(
+        method.policy(label_logprobs(now, labels), log_q, method.weights(log_q, log_p), advantages), mask
+    ).value
     same(policy, ref["policy"])
     same(gradient(policy, now), ref["policy_grad"], 1e-7)
     single = mean(reverse_kl(now, teacher), mask).value
@@ -344,7 +345,7 @@ def test_distillm2_has_the_official_numbers(case: dict[str, Any]):
     student.requires_grad_()
     method = knobs.make("distillm2", {})
     per_text = lambda x: torch.where(mask, x, 0.0).sum(1) / mask.sum(1)
-    p, q = (per_text(said(x.detach(), labels)).exp() for x in (teacher, student))
+    p, q = (per_text(label_logprobs(x.detach(), labels)).exp() for x in (teacher, student))
     for name, ahead, m in (("pull", p - q, case["teacher"]), ("push", q - p, case["student"])):
         skew = method.skew(ahead, torch.tensor(float("nan") if m is None else m, dtype=torch.float64))
         assert not skew.requires_grad and skew.min() >= 0.01 and skew.max() <= 0.1

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
 from limbeck.adapters.words import PAD, Bytes, Chars, Hashed, Merges, Words
 from limbeck.core.errors import BadInput
 from limbeck.core.spans import Span
@@ -59,6 +62,15 @@ def pieces_of(tokenizer: Any) -> Pieces:
     if tokenizer not in _KNOWN:
         _KNOWN[tokenizer] = _found(tokenizer)
     return _KNOWN[tokenizer]
+
+
+def lengths(tokenizer: Any, ids: Tensor) -> Tensor | None:
+    """Bytes that each id stands for, 0 for special ones: [...] -> [...]; None where nobody knows them."""
+    try:
+        words = pieces_of(tokenizer).words
+    except BadInput:
+        return None
+    return torch.tensor([len(word) for word in words])[ids.cpu().clamp(0, len(words) - 1)]
 
 
 def _found(tokenizer: Any) -> Pieces:

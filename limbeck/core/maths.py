@@ -41,6 +41,26 @@ def fusible(*constants: Tensor | float) -> bool:
 # ---------------------------------------------------------------- divergences
 
 
+def label_logprobs(logits: Tensor, labels: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """log softmax(logits / temperature)[label]: [..., V], [...] -> [...]; of class 0 where a label is negative."""
+    chosen: Tensor = log_probs(logits, temperature).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return chosen
+
+
+def with_tail(logits: Tensor, ids: Tensor, log_p: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [..., K + 1] of the student and of the teacher, with one more class for all that is not kept.
+
+    logits [..., V] of the student; ids and log_p [..., K] of what is kept of the teacher, `FLOOR` where an id only
+    fills up; tail [...]: its probability outside. The student's tail is summed: 1 less the kept would lose a small one.
+    """
+    norm = logits.logsumexp(-1, keepdim=True)
+    log_q = torch.where(log_p > FLOOR, logits.gather(-1, ids) - norm, FLOOR).clamp_min(FLOOR)
+    rest = (logits.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True) - norm).clamp_min(FLOOR / 2)
+    # where every word is kept there is no tail, and what rounding leaves of it must not count
+    others = torch.where(rest > FLOOR / 2, tail.clamp_min(0).log().clamp_min(FLOOR).unsqueeze(-1), FLOOR)
+    return torch.cat([log_q, rest], -1), torch.cat([log_p, others], -1)
+
+
 def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """log softmax(logits / temperature) over the last dimension; entries at -inf become `FLOOR`."""
     return _log_softmax(logits, temperature).clamp_min(FLOOR)

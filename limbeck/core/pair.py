@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,9 +36,13 @@ class Pair:
         """Whether any loss asks for what only a teacher can say."""
         return any(name.startswith("teacher_") for m in self.matches for name in m.needs)
 
+    @cached_property
+    def _headed(self) -> bool:
+        return route.has_head_form(self.matches)
+
     def without_logits(self, nets: Nets, batch: Batch) -> bool:
         """Whether the losses are computed from hidden states and heads: `build` has found that it can be done."""
-        if self.learner not in nets.logit_free or not route.has_head_form(self.matches):
+        if self.learner not in nets.logit_free or not self._headed:
             return False
         return not self.uses_teacher or self.teacher in nets.logit_free or self._stored(batch) != set()
 
@@ -70,7 +75,7 @@ class Pair:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
         with torch.no_grad(), evaluating(*nets.modules.values()):  # so that no statistics move
             self._report_padding(nets, probe)
-            if route.has_head_form(self.matches):
+            if self._headed:
                 heights = {p: route.height(nets, p, probe) for p in (self.learner, self.teacher)}
                 if len({*heights.values()} - {0}) == 1 or "words" in probe:
                     nets.logit_free |= {p for p, rows in heights.items() if rows}
@@ -98,10 +103,9 @@ class Pair:
         """Warn of the probability that is dropped with ids that are no words, looked at on a few places."""
         if not self.uses_teacher or self._stored(probe) or "words" not in probe or "teacher_inputs" in probe:
             return
-        few = {k: v[:2] for k, v in probe.items() if isinstance(v, Tensor) and v.ndim}
         have: dict[str, Any] = {"words": probe["words"]}
         for side, player in (("student", self.learner), ("teacher", self.teacher)):
-            have[f"{side}_logits"] = nets.run(player, few).get("logits") if player in nets else None
+            have[f"{side}_logits"] = nets.run(player, route.few(probe)).get("logits") if player in nets else None
         if words := padded(have):
             student, teacher = have["student_logits"], have["teacher_logits"]
             _, _, mine, its = real_words(student, teacher, words)

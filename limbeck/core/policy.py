@@ -11,7 +11,7 @@ from limbeck.core.bank import everyone
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Stage
-from limbeck.core.maths import js, kl, log_probs, reverse_kl
+from limbeck.core.maths import js, kl, reverse_kl
 from limbeck.core.nets import Batch, Nets, evaluating
 
 # ---------------------------------------------------------------- prompts and completions
@@ -90,11 +90,6 @@ def either(first: Tensor, yes: Batch, no: Batch) -> Batch:
 
 
 # ---------------------------------------------------------------- what was said
-
-
-def said(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each label: [..., V], [...] -> [...]; of class 0 where a label is negative."""
-    return log_probs(logits, temperature).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
 
 
 @torch.no_grad()

@@ -8,14 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.core.maths import upcast
+from limbeck.core.maths import label_logprobs, upcast
 from limbeck.core.spans import edges, sums
-
-
-def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log softmax(logits)[label] at each place: [B, T, V], [B, T] -> [B, T]; of word 0 where it is hidden (-100)."""
-    chosen: Tensor = upcast(logits).log_softmax(-1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return chosen
 
 
 def stretch_logprobs(logits: Tensor, labels: Tensor, spans: Tensor, stretches: int) -> Tensor:

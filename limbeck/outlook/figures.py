@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from limbeck.adapters.pieces import pieces_of
+from limbeck.adapters.pieces import lengths
 from limbeck.core.batches import Table
 from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import logits as predict
@@ -18,6 +18,7 @@ from limbeck.core.vocabularies import real_words
 from limbeck.outlook.facts import Outlook, Side
 from limbeck.recipe import Net, Recipe
 from limbeck.verbs.setting import HELD
+from limbeck.zoo.nets import is_transformers
 
 BINS = 15  # of confidence, for the calibration error
 SLICE = 2**22  # logits worked on at once, 32 MB in double precision
@@ -117,14 +118,14 @@ def figures(recipe: Recipe, networks: Mapping[str, nn.Module], table: Table, tra
         raise BadInput(f"{table.name} has no labels to look at")
     sides = {role: sums[role].side(_title(recipe, role), net) for role, net in networks.items()}
     size, scale = sums["student"].count, {"student": 1.0, "teacher": 1.0}
-    if table.kind == "tokens" and table["labels"].ndim == 2 and (lengths := _bytes(table)) is not None:
-        other = _bytes(table.retold()) if two else lengths
-        for role, length in (("student", lengths), ("teacher", other)):
+    if table.kind == "tokens" and table["labels"].ndim == 2 and (sizes := _bytes(table)) is not None:
+        other = _bytes(table.retold()) if two else sizes
+        for role, length in (("student", sizes), ("teacher", other)):
             assert length is not None
             bits = float(sums[role].nll.sum()) / math.log(2) / float(length.sum())
             sides[role] = replace(sides[role], bits_per_byte=bits)
-            scale[role] = float(lengths.sum() / length.sum()) / math.log(2) if two else 1.0
-        size = lengths if two else size
+            scale[role] = float(sizes.sum() / length.sum()) / math.log(2) if two else 1.0
+        size = sizes if two else size
     gain, noise = _mean(sums["student"].nll * scale["student"] - sums["teacher"].nll * scale["teacher"], size)
     guesses, places = _guesses(train.retold(), table.retold()), sums["teacher"].count
     _, guess_noise = _mean(guesses - sums["teacher"].nll, places)
@@ -188,17 +189,14 @@ def _title(recipe: Recipe, role: str) -> str:
 def _is_fresh(spec: Net | None) -> bool:
     """Whether a student starts from random weights, so that its loss says nothing of what it will reach."""
     assert spec is not None
-    return spec.weights in (None, "random") and not spec.net.startswith("hf:") and not spec.options.get("pretrained")
+    return spec.weights in (None, "random") and not is_transformers(spec.net) and not spec.options.get("pretrained")
 
 
 def _bytes(table: Table) -> Tensor | None:
     """Bytes of text that the counted labels of each row stand for; None where the tokenizer does not say."""
-    try:
-        size = torch.tensor([len(piece) for piece in pieces_of(table.tokenizer).words], dtype=torch.float64)
-    except BadInput:
-        return None
-    told: Tensor = (size[table["labels"].clamp(0, len(size) - 1)] * _places(table)).sum(1)
-    return told if float(told.sum()) > 0 else None
+    size = lengths(table.tokenizer, table["labels"])
+    told = None if size is None else (size * _places(table)).sum(1).double()
+    return told if told is not None and float(told.sum()) > 0 else None
 
 
 def _guesses(train: Table, table: Table) -> Tensor:

@@ -16,7 +16,7 @@ from limbeck.outlook.facts import Outlook
 from limbeck.outlook.figures import figures
 from limbeck.outlook.trial import trial
 from limbeck.outlook.verdict import judged
-from limbeck.outlook.vocabularies import same_words, tokenizer_of, words
+from limbeck.outlook.vocabularies import one_vocabulary, tokenizer_of, words
 from limbeck.recipe import Recipe, check
 from limbeck.verbs import build
 
@@ -36,7 +36,8 @@ def recipe_of(teacher: str, student: str, data: str, *, batch_size: int = 16, st
         own = "student" if known["student"] else "teacher"
         tree["data"]["tokenizer"] = tree[own]["net"].removeprefix("hf:")
     theirs, mine = known["teacher"], known["student"]
-    if theirs is not None and mine is not None and "tokenizer" not in tree["teacher"] and not same_words(mine, theirs):
+    two = theirs is not None and mine is not None and not one_vocabulary(mine, theirs)
+    if two and "tokenizer" not in tree["teacher"]:
         tree["teacher"]["tokenizer"] = tree["teacher"]["net"].removeprefix("hf:")
         tree["match"] = ["ce", "uld"]
     return check(tree, "doctor")

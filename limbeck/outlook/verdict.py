@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from limbeck.measure.laws._capacity import RATIO
+from limbeck.core.capacity import RATIO
 from limbeck.outlook.facts import Cost, Outlook
 from limbeck.report.tables import aligned
 

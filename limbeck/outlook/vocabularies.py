@@ -13,13 +13,14 @@ from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import logits as predict
 from limbeck.outlook.facts import Words
 from limbeck.recipe import Recipe
+from limbeck.zoo.nets import is_transformers
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 
 
 def tokenizer_of(net: str) -> Pretrained | None:
     """The tokenizer that comes with a transformers model; None for other networks and for models without one."""
-    if not net.startswith("hf:"):
+    if not is_transformers(net):
         return None
     try:
         return Pretrained(net.removeprefix("hf:"))
@@ -27,7 +28,7 @@ def tokenizer_of(net: str) -> Pretrained | None:
         return None
 
 
-def same_words(a: Pretrained, b: Pretrained) -> bool:
+def one_vocabulary(a: Pretrained, b: Pretrained) -> bool:
     """Whether equal words have equal ids in both."""
     return bool(a.inner.get_vocab() == b.inner.get_vocab())
 

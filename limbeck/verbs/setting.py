@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limbeck.adapters.pieces import pieces_of
+from limbeck.adapters.pieces import lengths
 from limbeck.adapters.remote import Cost
 from limbeck.core import find, knobs
 from limbeck.core.batches import Batches, Splits, Table
@@ -373,15 +373,11 @@ def judge(
 def bits_a_nat(table: Table) -> float:
     """What makes a mean negative log-likelihood a token, in nats, one a byte of the text, in bits; 0 where nobody knows
     which bytes the tokens are."""
-    if _valid(table) is None or table.tokenizer is None:
+    valid = _valid(table)
+    size = lengths(table.tokenizer, table["labels"]) if valid is not None and table.tokenizer is not None else None
+    if valid is None or size is None:
         return 0.0
-    try:
-        words = pieces_of(table.tokenizer).words
-    except BadInput:
-        return 0.0
-    told = table["labels"].flatten()[_valid(table)]
-    size = torch.tensor([len(word) for word in words])[told.clamp_max(len(words) - 1)].sum()
-    return len(told) / math.log(2) / max(1, int(size))
+    return int(valid.sum()) / math.log(2) / max(1, int(size.flatten()[valid].sum()))
 
 
 def _valid(table: Table) -> Tensor | None:

@@ -164,11 +164,15 @@ def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) ->
         text = "vocab" in known
         kind = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
         facts = {"num_labels": known["classes"]} if "classes" in known else {}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         module: nn.Module = kind.from_pretrained(name, **facts | options)
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"hf:{name} cannot be loaded: {(str(error).splitlines() or ['?'])[0]}") from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     module = module if keep is None else layer_choice(module, keep=_spread(keep, module))
     return module if lora is None else adapted(module, lora)
 

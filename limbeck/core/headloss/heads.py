@@ -56,6 +56,12 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, lora=a_b_s)
 
+    def logits(self) -> Tensor:
+        """[..., V], built whole: for a few places."""
+        out: Tensor = sum(x @ w.to(x.dtype).T for x, w in self.factors())  # type: ignore[assignment]
+        out = self.scale * (out if self.bias is None else out + self.bias)
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """(x [N, k], w [V, k]) whose x @ w.T add up to the product of hidden states and adapted head."""
         if self.lora is None:

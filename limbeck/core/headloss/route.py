@@ -36,18 +36,22 @@ def term_of(match: Match, progress: float) -> Term | None:
     return term
 
 
+def few(batch: Batch) -> Batch:
+    """The first places of the first text: logits of a whole batch are what is to be spared."""
+    return {k: v[:1, :8] for k, v in batch.items() if k in ("inputs", "attention_mask", "segments")}
+
+
 def height(nets: Nets, player: str, probe: Batch) -> int:
     """Rows of a player's head, if the logits of a large vocabulary can be made from it and the hidden states, which is
     tried on a few places; else 0."""
     if not player or player.split(".")[0] not in nets or not can_spare_logits(nets.find(player)):
         return 0
-    few = {k: v[:1, :8] for k, v in probe.items() if k in ("inputs", "attention_mask", "segments")}
     with torch.no_grad():
-        have = {f"student_{k}": v for k, v in nets.run(player, few).items()}
+        have = {f"student_{k}": v for k, v in nets.run(player, few(probe)).items()}
     head = head_of(have, "student")
     if head is None or len(head.weight) < WORTH or have["student_logits"].shape[-1] != len(head.weight):
         return 0
-    told, made = have["student_logits"].float(), rebuilt(head).float()
+    told, made = have["student_logits"].float(), head.logits().float()
     same = torch.allclose(told, made, rtol=1e-2, atol=1e-2 * float(told.abs().max()))
     return len(head.weight) if same else 0
 
@@ -75,15 +79,6 @@ def teacher_of(have: Mapping[str, Any]) -> Teacher | None:
         kept = have["teacher_logprobs"] > FLOOR
         return Sparse(have["teacher_ids"].where(kept, -1), have["teacher_logprobs"])
     return head_of(have, "teacher") or (Logits(have["teacher_logits"]) if "teacher_logits" in have else None)
-
-
-def rebuilt(head: Head) -> Tensor:
-    """The logits [..., V] of a head."""
-    logits: Tensor = sum(x @ w.to(x.dtype).T for x, w in head.factors())  # type: ignore[assignment]
-    if head.bias is not None:
-        logits = logits + head.bias
-    logits = head.scale * logits
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def parts(matches: Sequence[Match], have: Mapping[str, Any], progress: float) -> dict[str, Part]:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from limbeck.core.checkpoint import fingerprint
 from limbeck.core.errors import BadInput
-from limbeck.core.nets import device_of, evaluating, outputs
+from limbeck.core.headloss import Head
+from limbeck.core.nets import device_of, evaluating, heads, outputs
 from limbeck.core.signals.coding import Entries
 from limbeck.core.signals.keys import Document
 from limbeck.core.signals.kinds import Kind
 
-__all__ = ["Given", "Local", "Source", "fingerprint_of", "logits_of"]
+__all__ = ["Given", "Local", "Source", "fingerprint_of"]
 
 Given = Tensor | Entries
 
@@ -70,15 +71,13 @@ class Local:
                 f"{type(inner).__name__} has no linear `head` and no output embeddings: its hidden states alone "
                 "give no logits; choose another kind"
             )
-        config = getattr(inner, "config", None)
-        cap = getattr(config, "final_logit_softcapping", None) or None
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        scale = None if scale == 1 else float(scale)
+        told = heads(inner) if hasattr(inner, "get_output_embeddings") else {}
+        cap, scale = told.get("head_softcap"), told.get("head_scale")
         with torch.no_grad(), evaluating(self.module):
             out = outputs(self.module, {"inputs": document.tokens[None].to(device_of(self.module))})
             if not {"hidden", "logits"} <= set(out):
                 raise BadInput(f"a store of kind `hidden` needs a teacher that returns 'hidden', got {', '.join(out)}")
-            again = logits_of(out["hidden"], found.weight, found.bias, scale, cap).float()
+            again = Head(out["hidden"], found.weight, found.bias, scale or 1.0, cap).logits().float()
         off = float((again - out["logits"].float()).abs().max() / again.abs().max().clamp_min(1e-6))
         if off > 0.02:
             raise BadInput(
@@ -87,14 +86,6 @@ class Local:
             )
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in found.state_dict().items()}
         return tensors, {"fingerprint": fingerprint(found), "softcap": cap, "scale": scale}
-
-
-def logits_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None
-) -> Tensor:
-    """What a head [V, D] makes of hidden states [..., D]."""
-    logits = nn.functional.linear(hidden, weight, bias) * (scale or 1)
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def fingerprint_of(head: dict[str, Tensor]) -> str:

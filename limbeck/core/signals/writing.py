@@ -7,7 +7,7 @@ capture that was killed and called again leaves the bytes that an undisturbed on
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
+from limbeck.core.headloss import Head
 from limbeck.core.maths import log_probs
 from limbeck.core.signals.coding import Codebook, Entries, Layout, encode, symbols
 from limbeck.core.signals.fidelity import of_dense, of_sparse
 from limbeck.core.signals.files import FORMAT, Index, Log, differs, stored_spec
 from limbeck.core.signals.keys import Document, as_documents, digest, text_fingerprint
 from limbeck.core.signals.kinds import Embedding, Full, Hidden, Kind, Sampled, TopK, kind_of, spec_of
-from limbeck.core.signals.sources import Given, Local, Source, logits_of
+from limbeck.core.signals.sources import Given, Local, Source
 from limbeck.core.store import write_spec
 
 __all__ = ["Coder", "capture", "changed"]
@@ -232,10 +233,9 @@ class Coder:
         if self.head_told is None:
             return None
         tensors = {key: value.float() for key, value in load_file(self.folder / "head.safetensors").items()}
-        return partial(
-            logits_of, weight=tensors["weight"], bias=tensors.get("bias"),
-            scale=self.head_told["scale"], softcap=self.head_told["softcap"],
-        )  # fmt: skip
+        weight, bias = tensors["weight"], tensors.get("bias")
+        scale, softcap = self.head_told["scale"] or 1.0, self.head_told["softcap"]
+        return lambda hidden: Head(hidden, weight, bias, scale, softcap).logits()
 
     def record(self, document: Document, key: tuple[int, int], given: Given, seed: int) -> tuple[bytes, dict[str, Any]]:
         """The bytes of a document's signals, and its index entry."""

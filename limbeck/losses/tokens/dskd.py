@@ -5,9 +5,8 @@ from torch import Tensor, nn
 
 from limbeck.core.card import method
 from limbeck.core.features import Shape
-from limbeck.core.maths import kl, upcast
+from limbeck.core.maths import kl, label_logprobs, upcast
 from limbeck.core.spans import on_places
-from limbeck.core.vocabularies import label_logprobs
 
 FAR = -1e5  # the score of a place that does not count, as in the authors' code
 

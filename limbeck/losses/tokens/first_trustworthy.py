@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import FLOOR, kl_logprobs, pair
+from limbeck.core.maths import FLOOR, kl_logprobs, pair, with_tail
 
 
 @method(
@@ -42,15 +42,12 @@ def first_trustworthy(
     require(temperature > 0, "temperature", temperature, "> 0")
     require(0 <= smoothing < 1, "smoothing", smoothing, "in [0, 1)")
     logits, log_p = pair(student_logits, teacher_logprobs.detach())
-    kept = recalibrated(log_p.clamp(FLOOR, 0), temperature, smoothing)
+    kept = recalibrated(log_p.clamp(FLOOR, 0), temperature, smoothing).log()
     tail = 1 - log_p.exp().sum(-1) if teacher_tail is None else teacher_tail.detach().to(kept)
-    real = log_p > FLOOR
-    norm = logits.logsumexp(-1, keepdim=True)
-    log_q = torch.where(real, logits.gather(-1, teacher_ids) - norm, FLOOR).clamp_min(FLOOR)
-    # summed over the tail: 1 minus the kept would lose a small rest
-    rest = (logits.scatter(-1, teacher_ids, FLOOR).logsumexp(-1, keepdim=True) - norm).clamp_min(FLOOR / 2)
-    others = torch.where(rest > FLOOR / 2, tail.clamp_min(0).log().clamp_min(FLOOR).unsqueeze(-1), FLOOR)
-    return kl_logprobs(torch.cat([kept.log().clamp_min(FLOOR), others], -1), torch.cat([log_q, rest], -1))
+    # a kept word is real, even where smoothing leaves it nothing
+    real = torch.where(log_p > FLOOR, kept.clamp_min(FLOOR / 2), FLOOR)
+    log_q, log_p = with_tail(logits, teacher_ids, real, tail)
+    return kl_logprobs(log_p, log_q)
 
 
 def recalibrated(log_p: Tensor, temperature: float, smoothing: float) -> Tensor:

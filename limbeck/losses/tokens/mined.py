@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method
-from limbeck.core.maths import kl, upcast
+from limbeck.core.maths import kl, label_logprobs, upcast
 from limbeck.core.spans import counted, edges, spread, sums
-from limbeck.core.vocabularies import label_logprobs
 
 NOBODY = -1e5  # the logit of a word that no word of the teacher is near to
 

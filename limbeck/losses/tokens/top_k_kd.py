@@ -1,11 +1,10 @@
 """The teacher's likeliest tokens one by one, and all others as a single one more."""
 
-import torch
 from torch import Tensor
 
 from limbeck.core.card import method
 from limbeck.core.headloss import Term, divergences
-from limbeck.core.maths import FLOOR, kl_logprobs, pair
+from limbeck.core.maths import FLOOR, kl_logprobs, pair, with_tail
 
 
 @method(
@@ -36,10 +35,6 @@ def top_k_kd(
     """
     z, log_p = pair(student_logits, teacher_logprobs.detach())
     log_p = log_p.clamp(FLOOR, 0)
-    norm = z.logsumexp(-1, keepdim=True)
-    log_q = torch.where(log_p > FLOOR, z.gather(-1, teacher_ids) - norm, FLOOR)
-    log_q_tail = (z.scatter(-1, teacher_ids, FLOOR).logsumexp(-1, keepdim=True) - norm).clamp_min(FLOOR / 2)
     tail = (1 - log_p.exp().sum(-1)) if teacher_tail is None else teacher_tail.detach().to(z)
-    # where every token is kept there is no tail, and what rounding leaves of it must not count
-    log_p_tail = torch.where(log_q_tail > FLOOR / 2, tail.clamp_min(0).log().clamp_min(FLOOR).unsqueeze(-1), FLOOR)
-    return kl_logprobs(torch.cat([log_p, log_p_tail], -1), torch.cat([log_q.clamp_min(FLOOR), log_q_tail], -1))
+    log_q, log_p = with_tail(z, teacher_ids, log_p, tail)
+    return kl_logprobs(log_p, log_q)

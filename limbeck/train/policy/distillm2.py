@@ -10,9 +10,9 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
-from limbeck.core.maths import kl_logprobs, log_probs
+from limbeck.core.maths import kl_logprobs, label_logprobs, log_probs
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import Numbers, completions, rollout, said
+from limbeck.core.policy import Numbers, completions, rollout
 from limbeck.core.reduce import mean
 
 
@@ -83,7 +83,7 @@ class DistiLLM2:
         mask, labels = completions(new, self.prompt), new["labels"]
         student, teacher = nets.run("student", new)["logits"], nets.run("teacher", new)["logits"]
         with torch.no_grad():
-            q, p = (_per_text(said(logits, labels), mask).exp() for logits in (student, teacher))
+            q, p = (_per_text(label_logprobs(logits, labels), mask).exp() for logits in (student, teacher))
             ahead, reference = (p - q if writer == "teacher" else q - p), getattr(nets.reference, writer)
             skew = self.skew(ahead, reference if self.curriculum else torch.full_like(reference, float("nan")))
             if bool(reference.isnan()):

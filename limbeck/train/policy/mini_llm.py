@@ -10,9 +10,9 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Stage, Turn
-from limbeck.core.maths import log_probs, reverse_kl
+from limbeck.core.maths import label_logprobs, log_probs, reverse_kl
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import asked, completions, remaining, rollout, said, to_go, warmed_up, whiten
+from limbeck.core.policy import asked, completions, remaining, rollout, to_go, warmed_up, whiten
 from limbeck.core.reduce import Part, mean
 from limbeck.losses.logits.ce import ce
 
@@ -111,13 +111,13 @@ class MiniLLM:
         new = rollout(batch, writer, prompt=self.prompt, end=self.end)
         mask, labels, t = completions(new, self.prompt), new["labels"], self.temperature
         teacher = nets.run("teacher", new)["logits"]
-        log_q, log_p = said(asked(nets, "student", new), labels, t), said(teacher, labels, t)
+        log_q, log_p = label_logprobs(asked(nets, "student", new), labels, t), label_logprobs(teacher, labels, t)
         weights, advantages = self.weights(log_q, log_p), self.advantages(self.rewards(log_q, log_p), mask)
         expert = nets.run("teacher", batch)["logits"] if self.plain else None
         for _ in range(self.epochs):
             student = nets.run("student", new)["logits"]
             parts: dict[str, Part] = {
-                "policy": mean(self.policy(said(student, labels, t), log_q, weights, advantages), mask)
+                "policy": mean(self.policy(label_logprobs(student, labels, t), log_q, weights, advantages), mask)
             }
             if self.single:
                 parts["single"] = self.single * mean(reverse_kl(student, teacher, t), mask)

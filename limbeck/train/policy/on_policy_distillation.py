@@ -10,8 +10,9 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Stage, Turn
+from limbeck.core.maths import label_logprobs
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import asked, completions, rollout, rows, said, to_go, warmed_up
+from limbeck.core.policy import asked, completions, rollout, rows, to_go, warmed_up
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.ce import ce
 
@@ -81,8 +82,8 @@ class OnPolicyDistillation:
         writer = partial(sample, nets.student, temperature=self.sampling)
         new = rollout(rows(batch, index), writer, prompt=self.prompt, end=self.end)
         mask, labels = completions(new, self.prompt), new["labels"]
-        log_q = said(asked(nets, "student", new), labels, self.sampling)
-        advantages = self.advantages(log_q, said(nets.run("teacher", new)["logits"], labels), mask)
+        log_q = label_logprobs(asked(nets, "student", new), labels, self.sampling)
+        advantages = self.advantages(log_q, label_logprobs(nets.run("teacher", new)["logits"], labels), mask)
         for _ in range(self.updates):
-            now = said(nets.run("student", new)["logits"], labels, self.sampling)
+            now = label_logprobs(nets.run("student", new)["logits"], labels, self.sampling)
             yield "student", mean(self.loss(now, log_q, advantages), mask)

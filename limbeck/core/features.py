@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.errors import BadInput
+from limbeck.core.maths import pair, upcast
 
 Shape = tuple[int, ...]
+Shapes = list[Shape]
+Mask = Tensor | None  # what counts, True, of examples [B] or of their tokens [B, T]; None: everything
 
 
 def width(shape: Shape) -> int:
@@ -97,11 +100,23 @@ def same_places(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return shrunk(one, size), shrunk(other, size)
 
 
-def shrunk(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Maps averaged down to at most `size`."""
+def shrunk(maps: Tensor, size: Shape | None) -> Tensor:
+    """Maps averaged down to at most `size`, (H, W)."""
     if size is None or (maps.shape[2] <= size[0] and maps.shape[3] <= size[1]):
         return maps
     return F.adaptive_avg_pool2d(maps, (min(maps.shape[2], size[0]), min(maps.shape[3], size[1])))
+
+
+def regions(feature: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Means over the parts of a grid of that many parts, row by row: maps -> [B, parts, C]."""
+    return F.adaptive_avg_pool2d(as_map(feature), size).flatten(2).mT
+
+
+def shared_regions(student: Tensor, teacher: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """`regions` of both, upcast, for a grid x grid, or for as many as the smaller map has places."""
+    one, other = as_map(upcast(student)), as_map(upcast(teacher))
+    size = (min(grid, one.shape[2], other.shape[2]), min(grid, one.shape[3], other.shape[3]))
+    return regions(one, size), regions(other, size)
 
 
 def common(student: Shape, teacher: Shape) -> tuple[Shape, Shape]:
@@ -118,3 +133,9 @@ def common(student: Shape, teacher: Shape) -> tuple[Shape, Shape]:
 def per_example(error: Tensor) -> Tensor:
     """The mean over all but the batch: [B, ...] -> [B]."""
     return error.flatten(1).mean(1)
+
+
+def apart(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference an example, without gradient to the teacher: [B, ...] x 2 -> [B]."""
+    student, teacher = pair(student, teacher.detach())
+    return per_example((student - teacher).square())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import BadInput
-from limbeck.core.features import picture, pooled, shrunk
+from limbeck.core.features import Shape, picture, pooled, shrunk
 from limbeck.core.nets import Batch, Nets, evaluating, outputs
 from limbeck.core.prototypes import Guide
 from limbeck.core.taps import Taps, find_layer, unwrap
@@ -36,7 +36,7 @@ class Grafted(nn.Module):
         *,
         cut: str = "",
         reads: str = "",
-        size: tuple[int, int] | None = None,
+        size: Shape | None = None,
     ) -> None:
         super().__init__()
         self.body, self.neck, self.head = body, neck, head
@@ -154,6 +154,19 @@ def anatomy(nets: Nets, player: str, batch: Batch) -> Anatomy:
         paths = nets.taps[player].paths.get("feats", [""]) if player in nets.taps else [""]
         return Anatomy(layers[path], path, paths[-1], feats[-1])
     return Anatomy(layers[path], path, f"{path}:in", emb)
+
+
+def watched(nets: Nets, player: str, batch: Batch) -> Anatomy:
+    """`anatomy` of a network that is to be matched: from now on `nets.run` returns what `last_maps` reads."""
+    found = anatomy(nets, player, batch)
+    if found.reads.endswith(":in"):
+        tap(nets, player, "last", found.reads)
+    return found
+
+
+def last_maps(told: Mapping[str, Any]) -> Tensor:
+    """The last feature of a `watched` network, before or after the mean over its places, as maps [B, C, H, W]."""
+    return picture(told["last"] if "last" in told else told["feats"][-1])
 
 
 def tap(nets: Nets, player: str, name: str, path: str) -> None:

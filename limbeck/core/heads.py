@@ -39,6 +39,12 @@ def looks_apart(student: Tensor, teacher: Tensor, real: Tensor | None = None) ->
     return real_mean(kl_logprobs(*pair(teacher, student)).mean(1), real)
 
 
+def relations_apart(student: Tensor, teacher: Tensor, heads: int, real: Tensor | None = None) -> Tensor:
+    """`looks_apart` of the `log_relation` of either, cut into that many heads: [B, T, heads * D] x 2 -> [B]."""
+    mine, its = (log_relation(x, heads, real) for x in (student, teacher.detach()))
+    return looks_apart(mine, its, real)
+
+
 def real_mean(values: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean over all but the batch; real, of that shape: only over those places, 0 without any. [B, ...] -> [B]"""
     if real is None:

@@ -9,10 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.features import Shape, per_example, pick
+from limbeck.core.features import Shape, Shapes, per_example, pick, same_places, width
+from limbeck.core.maths import pair
 from limbeck.core.taps import spread
 
 T = TypeVar("T", Tensor, Shape)
+Layers = tuple[int, ...]
 
 
 def paired(student: Sequence[T], teacher: Sequence[T], layers: Sequence[int] = ()) -> list[tuple[T, T]]:
@@ -26,6 +28,16 @@ def paired(student: Sequence[T], teacher: Sequence[T], layers: Sequence[int] = (
     else:
         pairs = spread(len(student), len(teacher))
     return [(student[i], teacher[j]) for i, j in pairs]
+
+
+def matched(student: Sequence[Tensor], teacher: Sequence[Tensor], layers: Layers = ()) -> list[tuple[Tensor, Tensor]]:
+    """`paired` and upcast, with as many places in the one as in the other, and no gradient to the teacher."""
+    return [same_places(*pair(s, t.detach())) for s, t in paired(student, teacher, layers)]
+
+
+def widths(student: Shapes, teacher: Shapes, layers: Layers = ()) -> list[tuple[int, int]]:
+    """How wide the features of `paired` layers are."""
+    return [(width(s), width(t)) for s, t in paired(student, teacher, layers)]
 
 
 def picked(student: Sequence[T], teacher: Sequence[T], layer: int) -> tuple[T, T]:
@@ -44,6 +56,11 @@ def summed(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack(
         [layer if same else layer.flatten(1).mean(1) if layer.ndim > 1 else layer for layer in layers]
     ).sum(0)
+
+
+def deepest_most(layers: Sequence[Tensor]) -> Tensor:
+    """The sum over layers, each with twice the weight of the one before it, the last with 1: [B] each -> [B]."""
+    return torch.stack([loss / 2**i for i, loss in enumerate(reversed(layers))]).sum(0)
 
 
 def counted(mask: Tensor | None, rows: Tensor) -> Tensor:

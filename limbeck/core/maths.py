@@ -285,6 +285,11 @@ def arrows(points: Tensor) -> tuple[Tensor, Tensor]:
     return length, between / torch.where(apart, length, torch.inf).unsqueeze(-1)
 
 
+def gram_squares(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of the squared differences [] of the inner products of the rows: `gram(x)` [..., N, N] from `gram(y)`."""
+    return (gram(x) - gram(y)).square().sum()
+
+
 def gram_huber(x: Tensor, y: Tensor) -> Tensor:
     """Mean Huber distance [], threshold 1, of the inner products of the rows: `gram(x)` [..., N, N] from `gram(y)`."""
     x, y = pair(x, y)

@@ -57,6 +57,11 @@ def _asked(rows: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, None if bias is None else bias.to(x))
 
 
+def taught(rows: Tensor, head: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a teacher's head says of rows [..., D]: [..., C]; there is a gradient to the rows alone."""
+    return _asked(rows, head.detach(), None if bias is None else bias.detach())
+
+
 def activation(maps: Tensor) -> Tensor:
     """Class activation maps [..., H, W] in [0, 1]: the positive part over its largest value; 0 where none is."""
     positive = maps.clamp_min(0)

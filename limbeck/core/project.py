@@ -5,6 +5,7 @@ One for every kind of feature: maps [B, C, H, W], tokens [B, T, D] and vectors [
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -60,6 +61,20 @@ def map_regressor(student: Shape, teacher: Shape) -> nn.Sequential:
     else:
         resize = nn.Sequential(nn.Conv2d(c, out, 1), nn.Upsample(tuple(wanted), mode="bilinear"))
     return nn.Sequential(resize, nn.BatchNorm2d(out), nn.ReLU())
+
+
+def perceptron(*widths: int, bias: bool = True) -> nn.Sequential:
+    """Linear maps from each of the widths to the next, with ReLUs between."""
+    layers: list[nn.Module] = []
+    for width, out in pairwise(widths):
+        layers += [nn.Linear(width, out, bias=bias), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def through(module: nn.Module, feature: Tensor) -> Tensor:
+    """What a module makes of a feature, in the dtype of its weights; one without weights takes it as it is."""
+    out: Tensor = module(feature.to(next(module.parameters(), feature).dtype))
+    return out
 
 
 class Pointwise(nn.Module):

@@ -3,16 +3,18 @@
 import copy
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.core.taps import untap
 
+M = TypeVar("M", bound=nn.Module)
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: M) -> M:
     """A copy with storage of its own, trainable as a whole; taps stay with the original."""
     fresh = copy.deepcopy(module)
     untap(fresh)

@@ -5,7 +5,7 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import pick
-from limbeck.core.heads import log_attention, log_relation, looks_apart
+from limbeck.core.heads import log_attention, looks_apart, relations_apart
 
 
 @method(
@@ -43,7 +43,7 @@ def minilm(
     """
     require(value_weight >= 0, "value_weight", value_weight, ">= 0")
     looks, aims = student_attn[-1], teacher_attn[pick("layer", teacher_attn, layer, "teacher")].detach()
-    told = teacher_values[pick("layer", teacher_values, layer, "teacher")].detach()
+    told = teacher_values[pick("layer", teacher_values, layer, "teacher")]
     heads = aims.shape[1]
     if looks.shape[1] != heads:
         raise BadInput(
@@ -51,9 +51,4 @@ def minilm(
             f"{heads}; use minilm_v2"
         )
     attention = looks_apart(log_attention(looks, attention_mask), log_attention(aims, attention_mask), attention_mask)
-    values = looks_apart(
-        log_relation(student_values[-1], heads, attention_mask),
-        log_relation(told, heads, attention_mask),
-        attention_mask,
-    )
-    return attention + value_weight * values
+    return attention + value_weight * relations_apart(student_values[-1], told, heads, attention_mask)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.features import pick
-from limbeck.core.heads import log_relation, looks_apart
+from limbeck.core.heads import relations_apart
 
 
 @method(
@@ -53,8 +53,7 @@ def minilm_v2(
     terms = []
     for (name, weight), student, teacher in zip(weights.items(), students, teachers, strict=True):
         require(weight >= 0, name, weight, ">= 0")
-        aim = teacher[pick("layer", teacher, layer, "teacher")].detach()
-        heads = math.gcd(relation_heads, student[-1].shape[-1], aim.shape[-1])
-        mine, its = (log_relation(x, heads, attention_mask) for x in (student[-1], aim))
-        terms.append(weight * looks_apart(mine, its, attention_mask))
+        last, aim = student[-1], teacher[pick("layer", teacher, layer, "teacher")]
+        heads = math.gcd(relation_heads, last.shape[-1], aim.shape[-1])
+        terms.append(weight * relations_apart(last, aim, heads, attention_mask))
     return torch.stack(terms).sum(0)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, as_map, grid, pick, width
+from limbeck.core.features import Shape, as_map, grid, pick, regions, width
 from limbeck.core.maths import pair
 from limbeck.core.project import projector
 
@@ -79,7 +79,7 @@ class MSDCRD(nn.Module):
         readable = teacher_head is not None and teacher_head.shape[1] == teacher.shape[1]
         losses = []
         for k in self.sides:
-            mine, theirs = _regions(student, k), _regions(teacher, k)
+            mine, theirs = regions(student, k).flatten(0, 1), regions(teacher, k).flatten(0, 1)
             real = counts.repeat_interleave(k * k)
             weights = real
             if k > 1 and readable and labels is not None:
@@ -99,11 +99,6 @@ class MSDCRD(nn.Module):
         hidden = torch.where((real > 0) | ~real.any(), 0.0, -torch.inf)
         hard = torch.logsumexp(alike + hidden, 1) - alike.diagonal()
         return (torch.where(weights > 0, hard, 0.0) * weights).sum() / weights.sum().clamp_min(1e-9)
-
-
-def _regions(maps: Tensor, side: int) -> Tensor:
-    """Means over a grid of regions: [B, C, H, W] -> [B side side, C]."""
-    return F.adaptive_avg_pool2d(maps, side).flatten(2).mT.flatten(0, 1)
 
 
 def _side(shape: Shape) -> int:

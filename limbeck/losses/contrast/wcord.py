@@ -9,6 +9,7 @@ from limbeck.core.bank import Bank
 from limbeck.core.card import method, require
 from limbeck.core.features import Shape
 from limbeck.core.maths import sinkhorn, upcast
+from limbeck.core.ranges import at_least
 
 FORBIDDEN = 1e4  # what it costs to carry to or from a masked example
 
@@ -55,12 +56,10 @@ class WCoRD(nn.Module):
         iterations: int = 20,
     ) -> None:
         super().__init__()
-        require(width >= 1, "width", width, ">= 1")
+        at_least(1, width=width, iterations=iterations)
+        at_least(0, global_weight=global_weight, local_weight=local_weight)
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        require(global_weight >= 0, "global_weight", global_weight, ">= 0")
-        require(local_weight >= 0, "local_weight", local_weight, ">= 0")
         require(epsilon > 0, "epsilon", epsilon, "> 0")
-        require(iterations >= 1, "iterations", iterations, ">= 1")
         self.width, self.momentum, self.epsilon, self.iterations = width, momentum, epsilon, iterations
         self.global_weight, self.local_weight = global_weight, local_weight
         self.student_map = spectral_norm(nn.Linear(student_emb[-1], width, bias=False))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, as_map, same_places, width
-from limbeck.core.layerwise import Connector, paired
+from limbeck.core.features import Shapes, as_map
+from limbeck.core.layerwise import Connector, Layers, deepest_most, matched, widths
 from limbeck.core.maths import pair
 
 
@@ -34,26 +34,20 @@ class AB(nn.Module):
     """
 
     def __init__(
-        self,
-        student_feats: list[Shape],
-        teacher_feats: list[Shape],
-        *,
-        margin: float = 1.0,
-        layers: tuple[int, ...] = (),
+        self, student_feats: Shapes, teacher_feats: Shapes, *, margin: float = 1.0, layers: Layers = ()
     ) -> None:
         super().__init__()
         require(margin > 0, "margin", margin, "> 0")
         self.margin, self.layers = margin, layers
-        widths = [(width(s), width(t)) for s, t in paired(student_feats, teacher_feats, layers)]
-        self.connectors = nn.ModuleList(nn.Identity() if s == t else Connector(s, t) for s, t in widths)
+        pairs = widths(student_feats, teacher_feats, layers)
+        self.connectors = nn.ModuleList(nn.Identity() if s == t else Connector(s, t) for s, t in pairs)
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example: a sum over channels and places."""
         losses = []
-        pairs = paired(student_feats, teacher_feats, self.layers)
+        pairs = matched(student_feats, teacher_feats, self.layers)
         for (student, teacher), connector in zip(pairs, self.connectors, strict=True):
-            student, teacher = same_places(student, teacher.detach())
             student, teacher = pair(as_map(connector(student)), as_map(teacher))
             lacking = self.margin - torch.where(teacher > 0, student, -student)
             losses.append(lacking.clamp_min(0).square().sum((1, 2, 3)))
-        return torch.stack([loss / 2**i for i, loss in enumerate(reversed(losses))]).sum(0)
+        return deepest_most(losses)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, as_map, same_places, width
-from limbeck.core.layerwise import paired
+from limbeck.core.features import Shapes, as_map
+from limbeck.core.layerwise import Layers, matched, widths
 from limbeck.core.maths import pair
 
 
@@ -40,31 +40,30 @@ class MGD(nn.Module):
 
     def __init__(
         self,
-        student_feats: list[Shape],
-        teacher_feats: list[Shape],
+        student_feats: Shapes,
+        teacher_feats: Shapes,
         *,
         masked: float = 0.15,
         holes: Literal["place", "channel"] = "place",
-        layers: tuple[int, ...] = (-1,),
+        layers: Layers = (-1,),
     ) -> None:
         super().__init__()
         require(0 <= masked < 1, "masked", masked, "in [0, 1)")
         require(holes in ("place", "channel"), "holes", holes, "place or channel")
         self.masked, self.holes, self.layers = masked, holes, layers
-        widths = [(width(s), width(t)) for s, t in paired(student_feats, teacher_feats, layers)]
-        self.aligns = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in widths)
+        pairs = widths(student_feats, teacher_feats, layers)
+        self.aligns = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in pairs)
         self.generators = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(t, t, 3, padding=1), nn.ReLU(), nn.Conv2d(t, t, 3, padding=1)) for _, t in widths
+            nn.Sequential(nn.Conv2d(t, t, 3, padding=1), nn.ReLU(), nn.Conv2d(t, t, 3, padding=1)) for _, t in pairs
         )
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example: a sum over channels and places."""
         losses = []
-        pairs = paired(student_feats, teacher_feats, self.layers)
+        pairs = matched(student_feats, teacher_feats, self.layers)
         for (student, teacher), align, generator in zip(pairs, self.aligns, self.generators, strict=True):
-            student, teacher = (as_map(x) for x in same_places(student, teacher.detach()))
-            student = align(student.to(next(generator.parameters()).dtype))
-            restored, teacher = pair(generator(student * self._mask(student)), teacher)
+            student = align(as_map(student).to(next(generator.parameters()).dtype))
+            restored, teacher = pair(generator(student * self._mask(student)), as_map(teacher))
             losses.append((restored - teacher).square().sum((1, 2, 3)))
         return torch.stack(losses).sum(0)
 

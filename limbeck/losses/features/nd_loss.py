@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from limbeck.core.bank import ClassMeans
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape
+from limbeck.core.features import Mask, Shape
 from limbeck.core.maths import pair
 
 
@@ -25,35 +25,27 @@ from limbeck.core.maths import pair
 class NDLoss(nn.Module):
     """1 - <s, m_c / |m_c|> / max(|s|, |t|), c the label and m_c the teacher's mean embedding of c.  [B, D] x 2 -> [B]
 
-    That is 1 - cos(s, m_c) |s| / max(|s|, |t|): a longer student embedding s is rewarded until it is as long as the
-    teacher's t, a wrong direction always costs. When the widths differ, s is first sent through batch norm, dropout and
-    a linear map, which are dropped after training.
+    That is 1 - cos(s, m_c) |s| / max(|s|, |t|): s gains by length up to that of the teacher's t, a wrong direction
+    always costs. Where widths differ, s goes through batch norm, dropout and a linear map, dropped after training.
 
     dropout: of that projector, in [0, 1); without one it does nothing.
 
     *Needs*: embeddings of both, labels, and the teacher's logits, of which only the number of classes is read.
     *Relates to*: weight 2 beside `ce` and `kd` (KD++), 4 beside `ce` and `dkd`, with a rising weight of those two over
-        the first epochs; also beside `dist` and `reviewkd`. Use `fitnets` on embeddings when the teacher's place of
-        every single example matters, not only that of its class.
+        the first epochs; also beside `dist` and `reviewkd`. Use `fitnets` on embeddings where each example's place
+        matters, not only that of its class.
     """
 
     def __init__(self, student_emb: Shape, teacher_emb: Shape, teacher_logits: Shape, *, dropout: float = 0.5) -> None:
         super().__init__()
         require(0 <= dropout < 1, "dropout", dropout, "in [0, 1)")
         self.dropout, student, teacher = dropout, student_emb[-1], teacher_emb[-1]
-        self.norm: nn.Module = nn.Identity()
-        self.projector: nn.Module = nn.Identity()
-        if student != teacher:
-            self.norm, self.projector = nn.BatchNorm1d(student), nn.Linear(student, teacher)
+        self.norm = nn.Identity() if student == teacher else nn.BatchNorm1d(student)
+        self.projector = nn.Identity() if student == teacher else nn.Linear(student, teacher)
         self.classes = ClassMeans(teacher_logits[-1], teacher)
 
     def forward(
-        self,
-        student_emb: Tensor,
-        teacher_emb: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor,
-        mask: Tensor | None = None,
+        self, student_emb: Tensor, teacher_emb: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Mask = None
     ) -> Tensor:
         """Per example; takes the teacher's embeddings into the class means in training mode, with gradients on."""
         student, teacher = pair(student_emb, teacher_emb.detach())

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.features import same_places, tokens
-from limbeck.core.layerwise import paired, summed
-from limbeck.core.maths import pair, pairwise_distances
+from limbeck.core.features import tokens
+from limbeck.core.layerwise import matched, summed
+from limbeck.core.maths import pairwise_distances
 
 
 @method(
@@ -40,12 +40,11 @@ def nst(
     *Relates to*: weight 50 beside `ce`; add `kd`. Cheaper: `at` sums channels away, `ickd` has which fire together.
     """
     require(kernel in ("polynomial", "linear", "gaussian"), "kernel", kernel, "polynomial, linear or gaussian")
-    pairs = paired(student_feats, teacher_feats, layers)
-    return summed([_discrepancy(student, teacher.detach(), kernel) for student, teacher in pairs])
+    return summed([_discrepancy(s, t, kernel) for s, t in matched(student_feats, teacher_feats, layers)])
 
 
 def _discrepancy(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
-    student, teacher = (F.normalize(tokens(x).mT, dim=2) for x in pair(*same_places(student, teacher)))
+    student, teacher = (F.normalize(tokens(x).mT, dim=2) for x in (student, teacher))
     pairs = (student, student), (teacher, teacher), (student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         if kernel == "gaussian":

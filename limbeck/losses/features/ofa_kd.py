@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.card import method, require
-from limbeck.core.exits import exit_from
+from limbeck.core.card import method
+from limbeck.core.exits import exit_from, said
 from limbeck.core.features import Shape
 from limbeck.core.features import width as channels
 from limbeck.core.maths import log_probs
+from limbeck.core.ranges import above, at_least
 
 
 @method(
@@ -55,10 +56,8 @@ class OFAKD(nn.Module):
         class_token: bool = False,
     ) -> None:
         super().__init__()
-        require(gamma > 0, "gamma", gamma, "> 0")
-        require(temperature > 0, "temperature", temperature, "> 0")
-        require(output_weight >= 0, "output_weight", output_weight, ">= 0")
-        require(branch_weight >= 0, "branch_weight", branch_weight, ">= 0")
+        above(0, gamma=gamma, temperature=temperature)
+        at_least(0, output_weight=output_weight, branch_weight=branch_weight)
         self.gamma, self.temperature = gamma, temperature
         self.output_weight, self.branch_weight = output_weight, branch_weight
         self.width, self.class_token = width, class_token
@@ -75,7 +74,6 @@ class OFAKD(nn.Module):
         p = log_probs(teacher_logits.detach(), self.temperature).exp()
         label = torch.zeros_like(p).scatter_(-1, labels.unsqueeze(-1), 1.0)  # one_hot would read the labels first
         weights = (p + label) ** self.gamma - label
-        dtype = next(self.parameters()).dtype
-        said = [exit_(feat.to(dtype)) for exit_, feat in zip(self.exits, student_feats, strict=True)]
-        adaptive = -(weights * log_probs(torch.stack([student_logits, *said]), self.temperature)).sum(-1)
+        inner = [said(leave, feat) for leave, feat in zip(self.exits, student_feats, strict=True)]
+        adaptive = -(weights * log_probs(torch.stack([student_logits, *inner]), self.temperature)).sum(-1)
         return self.output_weight * adaptive[0] + self.branch_weight * adaptive[1:].sum(0)

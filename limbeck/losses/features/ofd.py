@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from limbeck.core.card import method
 from limbeck.core.errors import BadInput
-from limbeck.core.features import Shape, as_map, same_places, width
-from limbeck.core.layerwise import Connector, paired
+from limbeck.core.features import Shapes, as_map
+from limbeck.core.layerwise import Connector, Layers, deepest_most, matched, paired, widths
 from limbeck.core.maths import pair, upcast
 
 
@@ -40,20 +40,19 @@ class OFD(nn.Module):
 
     def __init__(
         self,
-        student_feats: list[Shape],
-        teacher_feats: list[Shape],
-        teacher_scales: list[Shape],
-        teacher_shifts: list[Shape],
+        student_feats: Shapes,
+        teacher_feats: Shapes,
+        teacher_scales: Shapes,
+        teacher_shifts: Shapes,
         *,
-        layers: tuple[int, ...] = (),
+        layers: Layers = (),
     ) -> None:
         super().__init__()
         self.layers = layers
-        pairs = paired(student_feats, teacher_feats, layers)
         for name, found in (("scales", teacher_scales), ("shifts", teacher_shifts)):
             if len(found) != len(teacher_feats):
                 raise BadInput(f"`ofd` needs the teacher's {name} of {len(teacher_feats)} layers, got {len(found)}")
-        self.connectors = nn.ModuleList(Connector(width(s), width(t)) for s, t in pairs)
+        self.connectors = nn.ModuleList(Connector(*pair) for pair in widths(student_feats, teacher_feats, layers))
 
     def forward(
         self,
@@ -63,18 +62,15 @@ class OFD(nn.Module):
         teacher_shifts: list[Tensor],
     ) -> Tensor:
         """Per example: a sum over channels and places."""
-        pairs = paired(student_feats, teacher_feats, self.layers)
-        margins = paired(
-            student_feats, [margin(*m) for m in zip(teacher_scales, teacher_shifts, strict=True)], self.layers
-        )
         losses = []
+        pairs = matched(student_feats, teacher_feats, self.layers)
+        margins = paired(student_feats, list(map(margin, teacher_scales, teacher_shifts)), self.layers)
         for (student, teacher), (_, m), connector in zip(pairs, margins, self.connectors, strict=True):
-            student, teacher = same_places(student, teacher.detach())
             student, teacher = pair(as_map(connector(student)), as_map(teacher))
             target = torch.maximum(teacher, m.to(teacher)[:, None, None])
             matters = (student > target) | (target > 0)
             losses.append(torch.where(matters, student - target, 0.0).square().sum((1, 2, 3)))
-        return torch.stack([loss / 2**i for i, loss in enumerate(reversed(losses))]).sum(0)
+        return deepest_most(losses)
 
 
 def margin(scale: Tensor, shift: Tensor) -> Tensor:

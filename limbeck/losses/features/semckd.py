@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from limbeck.core.alignment import Alignment, all_pairs
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
-from limbeck.core.features import Shape, per_example, same_places, tokens, width
-from limbeck.core.maths import gram, pair
+from limbeck.core.features import Shape, apart, same_places, tokens, width
+from limbeck.core.maths import gram
 
 
 @method(
@@ -60,8 +60,7 @@ class SemCKD(nn.Module):
         def cost(i: int, j: int) -> Tensor:
             source, target = same_places(student_feats[i], teacher[j])
             guess: Tensor = self.regressors[i][j](_picture(source))  # type: ignore[index]
-            guess, target = pair(guess, _picture(target))
-            return per_example((guess - target).square())
+            return apart(guess, _picture(target))
 
         costs = all_pairs(cost, len(student_feats), len(teacher))
         mixed: Tensor = (weights * costs).sum(-1)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.features import Shape, same_places, width
-from limbeck.core.layerwise import each, paired, summed
+from limbeck.core.features import Shapes
+from limbeck.core.layerwise import Layers, each, matched, summed, widths
 from limbeck.core.maths import pair
-from limbeck.core.project import Pointwise
+from limbeck.core.project import Pointwise, perceptron, through
 
 EPSILON = 1e-5  # least variance
 
@@ -37,34 +37,22 @@ class VID(nn.Module):
     """
 
     def __init__(
-        self,
-        student_feats: list[Shape],
-        teacher_feats: list[Shape],
-        *,
-        variance: float = 5.0,
-        layers: tuple[int, ...] = (),
+        self, student_feats: Shapes, teacher_feats: Shapes, *, variance: float = 5.0, layers: Layers = ()
     ) -> None:
         super().__init__()
         require(variance > EPSILON, "variance", variance, f"> {EPSILON}")
         self.variance, self.layers = variance, layers
-        widths = [(width(s), width(t)) for s, t in paired(student_feats, teacher_feats, layers)]
-        self.means = nn.ModuleList(_mean(s, t) for s, t in widths)
-        start = math.log(math.expm1(variance - EPSILON))
-        self.spreads = nn.ParameterList(torch.full((t,), start) for _, t in widths)
+        pairs, start = widths(student_feats, teacher_feats, layers), math.log(math.expm1(variance - EPSILON))
+        self.means = nn.ModuleList(Pointwise(perceptron(s, t, t, t, bias=False)) for s, t in pairs)
+        self.spreads = nn.ParameterList(torch.full((t,), start) for _, t in pairs)
 
     def forward(self, student_feats: list[Tensor], teacher_feats: list[Tensor]) -> Tensor:
         """Per example, or per token for tokens."""
         losses = []
-        pairs = paired(student_feats, teacher_feats, self.layers)
+        pairs = matched(student_feats, teacher_feats, self.layers)
         for (student, teacher), mean, spread in zip(pairs, self.means, self.spreads, strict=True):
-            student, teacher = same_places(student.to(spread.dtype), teacher.detach())
-            predicted, teacher = pair(mean(student), teacher)
+            predicted, teacher = pair(through(mean, student), teacher)
             variance = F.softplus(spread) + EPSILON
             variance = variance[:, None, None] if teacher.ndim == 4 else variance
             losses.append(each((teacher - predicted).square() / variance + variance.log()) / 2)
         return summed(losses)
-
-
-def _mean(student: int, teacher: int) -> Pointwise:
-    first, *others = (nn.Linear(i, teacher, bias=False) for i in (student, teacher, teacher))
-    return Pointwise(nn.Sequential(first, nn.ReLU(), others[0], nn.ReLU(), others[1]))

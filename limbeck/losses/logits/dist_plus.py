@@ -7,6 +7,7 @@ from limbeck.core.features import Shape, common, same_places, tokens, width
 from limbeck.core.layerwise import picked
 from limbeck.core.maths import pair
 from limbeck.core.project import projector
+from limbeck.core.ranges import at_least
 from limbeck.core.reduce import mean
 from limbeck.core.responses import column_correlation, row_correlation, rows
 
@@ -52,9 +53,7 @@ class DISTPlus(nn.Module):
         layer: int = -1,
     ) -> None:
         super().__init__()
-        weights = {"beta": beta, "gamma": gamma, "channel_weight": channel_weight, "spatial_weight": spatial_weight}
-        for name, value in weights.items():
-            require(value >= 0, name, value, ">= 0")
+        at_least(0, beta=beta, gamma=gamma, channel_weight=channel_weight, spatial_weight=spatial_weight)
         require(temperature > 0, "temperature", temperature, "> 0")
         self.beta, self.gamma, self.temperature, self.layer = beta, gamma, temperature, layer
         self.channel_weight, self.spatial_weight = channel_weight, spatial_weight

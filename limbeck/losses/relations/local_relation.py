@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.core.card import method, require
-from limbeck.core.features import as_map
+from limbeck.core.card import method
+from limbeck.core.features import shared_regions
 from limbeck.core.layerwise import counted, picked
-from limbeck.core.maths import gram, upcast
+from limbeck.core.maths import gram_squares
+from limbeck.core.ranges import at_least
 
 
 @method(
@@ -43,34 +44,15 @@ def local_relation(
     *Needs*: one feature of each: maps, or tokens that make a square picture.
     *Relates to*: weight 1 to 100 beside `ce` and `kd`. `sp` relates whole images, `trg` tokens to their neighbours.
     """
-    require(grid >= 1, "grid", grid, ">= 1")
-    require(cap >= 1, "cap", cap, ">= 1")
-    weights = {"inside_weight": inside_weight, "same_weight": same_weight, "across_weight": across_weight}
-    for name, weight in weights.items():
-        require(weight >= 0, name, weight, ">= 0")
+    at_least(1, grid=grid, cap=cap)
+    at_least(0, inside_weight=inside_weight, same_weight=same_weight, across_weight=across_weight)
     student, teacher = picked(student_feats, teacher_feats, layer)
-    counts = counted(mask, student)
-    sizes = [as_map(x).shape[2:] for x in (student, teacher)]
-    side = (min(grid, *(s[0] for s in sizes)), min(grid, *(s[1] for s in sizes)))
-    mine, aims = _regions(student, side, counts), _regions(teacher.detach(), side, counts)
-    pairs = counts.unsqueeze(1) & counts
-    inside = _apart(gram(mine), gram(aims), counts[:, None, None])
-    same = _apart(gram(mine.transpose(0, 1)), gram(aims.transpose(0, 1)), pairs)
-    mine, aims, rows = mine.flatten(0, 1), aims.flatten(0, 1), counts.repeat_interleave(mine.shape[1])
-    if len(rows) > cap:
-        drawn = torch.rand(len(rows), device=rows.device).topk(cap).indices
-        mine, aims, rows = mine[drawn], aims[drawn], rows[drawn]
-    across = _apart(gram(mine), gram(aims), rows.unsqueeze(1) & rows)
+    both, counts = shared_regions(student, teacher.detach(), grid), counted(mask, student)
+    mine, aims = (F.normalize(torch.where(counts[:, None, None], x, 0.0), dim=-1) for x in both)  # 0: does not count
+    images, parts = counts.sum(), mine.shape[1]
+    inside = gram_squares(mine, aims) / (images * parts**2).clamp_min(1)
+    same = gram_squares(mine.transpose(0, 1), aims.transpose(0, 1)) / (images**2 * parts).clamp_min(1)
+    rows = counts.repeat_interleave(parts)
+    drawn = torch.rand(len(rows), device=rows.device).topk(cap).indices if len(rows) > cap else slice(None)
+    across = gram_squares(*(x.flatten(0, 1)[drawn] for x in (mine, aims))) / rows[drawn].sum().square().clamp_min(1)
     return inside_weight * inside + same_weight * same + across_weight * across
-
-
-def _regions(feature: Tensor, side: tuple[int, int], counts: Tensor) -> Tensor:
-    """Unit vectors of the parts of a map [B, parts, C]; 0 of images that do not count."""
-    parts = F.adaptive_avg_pool2d(as_map(upcast(feature)), side).flatten(2).mT
-    return F.normalize(torch.where(counts[:, None, None], parts, 0.0), dim=-1)
-
-
-def _apart(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-    """Mean of squares over what counts; 0 when nothing does."""
-    counts = counts.expand_as(student)
-    return torch.where(counts, (student - teacher).square(), 0.0).sum() / counts.sum().clamp_min(1)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.core.card import method, require
+from limbeck.core.card import method
 from limbeck.core.features import Shape, common, pick, same_places, tokens, width
 from limbeck.core.layerwise import counted
 from limbeck.core.maths import FLOOR, gram, pair, pairwise_distances, reverse_kl
+from limbeck.core.ranges import above, at_least
 
 SMALLEST = 1e-6  # mean squared distance, so that tokens that are all alike have a finite slope
 
@@ -58,13 +59,9 @@ class TRG(nn.Module):
         layer: int = -1,
     ) -> None:
         super().__init__()
-        weights = {"inner_weight": inner_weight, "local_weight": local_weight, "global_weight": global_weight}
-        for name, weight in weights.items():
-            require(weight >= 0, name, weight, ">= 0")
-        require(neighbours >= 1, "neighbours", neighbours, ">= 1")
-        require(sigma > 0, "sigma", sigma, "> 0")
-        require(temperature > 0, "temperature", temperature, "> 0")
-        require(sampled >= 1, "sampled", sampled, ">= 1")
+        at_least(0, inner_weight=inner_weight, local_weight=local_weight, global_weight=global_weight)
+        at_least(1, neighbours=neighbours, sampled=sampled)
+        above(0, sigma=sigma, temperature=temperature)
         self.inner_weight, self.local_weight, self.global_weight = inner_weight, local_weight, global_weight
         self.neighbours, self.sigma, self.temperature = neighbours, sigma, temperature
         self.sampled, self.layer = sampled, layer

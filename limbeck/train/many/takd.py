@@ -14,6 +14,7 @@ from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.match import Match
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
+from limbeck.core.pairs import own
 
 
 @method(
@@ -62,11 +63,8 @@ class TAKD:
         count = len(nets.assistants) + 1
         if self.links and len(self.links) != count:
             raise BadInput(f"`links` must have an entry for each of the {count} links, got {len(self.links)}")
-        pairs = self.pairs(nets)
-        owned = {f"link{k}": pair.build(nets, probe) for k, pair in enumerate(pairs)}
-        if any(owned.values()):
-            nets.losses = nn.ModuleDict(owned)
-            nets.companions |= {pair.learner: [pair.losses] for pair in pairs}
+        pairs = {f"link{k}": pair for k, pair in enumerate(self.pairs(nets))}
+        own(nets, pairs, dict.fromkeys(pairs, probe))
 
     def pairs(self, nets: Nets) -> list[Pair]:
         """Every link: who learns from whom."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import picture, same_places
-from limbeck.core.graft import anatomy, tap
+from limbeck.core.graft import last_maps, watched
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.project import projector
 from limbeck.core.reduce import mean
 from limbeck.core.surgery import copied
+from limbeck.core.teachers import at_hand
 
 FUSIONS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -66,9 +67,8 @@ class CSKD:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Find the teacher's classifier, and build one for the places of the student."""
-        if "teacher" not in nets:
-            raise BadInput("`cskd` asks the teacher place by place, so it needs the teacher itself, not a store")
-        teacher = anatomy(nets, "teacher", probe)
+        at_hand(nets, "cskd", "asks the teacher place by place")
+        teacher = watched(nets, "teacher", probe)
         with torch.no_grad(), evaluating(nets.student):
             said = nets.run("student", probe)
         classes = said["logits"].shape[-1]
@@ -76,8 +76,6 @@ class CSKD:
             raise BadInput(
                 f"cskd needs the same classes, but the teacher knows {teacher.head.out_features}, the student {classes}"
             )
-        if teacher.reads.endswith(":in"):
-            tap(nets, "teacher", "last", teacher.reads)
         nets.teacher_head = copied(teacher.head)  # a name of its own: the head inside reads what is pooled
         nets.dense = projector("linear", picture(said["feats"][-1]).shape[1], classes)
         nets.companions["student"] = ["dense"]
@@ -109,6 +107,5 @@ def dense_loss(student: Tensor, teacher: Tensor, share: float) -> Tensor:
 
 def at_places(head: nn.Module, told: dict[str, Any]) -> Tensor:
     """A linear classifier at every place of a network's last map: [B, C, H, W]."""
-    feature = told["last"] if "last" in told else told["feats"][-1]
-    answers: Tensor = head(picture(feature).movedim(1, -1)).movedim(-1, 1)
+    answers: Tensor = head(last_maps(told).movedim(1, -1)).movedim(-1, 1)
     return upcast(answers)

@@ -18,6 +18,7 @@ from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
 from limbeck.core.reduce import Part, mean
+from limbeck.core.teachers import at_hand
 
 
 @method(
@@ -63,8 +64,7 @@ class E2KD:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that there are features to explain by, and build the losses that own weights."""
-        if "teacher" not in nets:
-            raise BadInput("`e2kd` asks the teacher for gradients, so it needs the teacher itself, not a store")
+        at_hand(nets, "e2kd", "asks the teacher for gradients")
         if probe["inputs"].ndim != 4:
             raise BadInput(f"e2kd explains pictures [B, C, H, W], but inputs are {list(probe['inputs'].shape)}")
         self.pair.own(nets, probe)

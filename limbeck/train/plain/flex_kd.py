@@ -19,6 +19,7 @@ from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
 from limbeck.core.responses import column_correlation
+from limbeck.core.teachers import at_hand
 
 
 @method(
@@ -65,8 +66,7 @@ class FlexKD:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check the losses on one batch, and make room for what the units are worth."""
-        if "teacher" not in nets:
-            raise BadInput("`flex_kd` asks the teacher for gradients, so it needs the teacher itself, not a store")
+        at_hand(nets, "flex_kd", "asks the teacher for gradients")
         self.pair.own(nets, probe)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import per_example, picture
-from limbeck.core.graft import Grafted, anatomy, put, tap
+from limbeck.core.graft import Grafted, anatomy, last_maps, put, watched
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
 from limbeck.core.reduce import mean
+from limbeck.core.teachers import at_hand
 
 
 @method(
@@ -61,16 +62,13 @@ class NORM:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Put the transform between the student's last feature and its classifier."""
-        if "teacher" not in nets:
-            raise BadInput("`norm` matches a feature of the teacher, so it needs the teacher itself, not a store")
-        teacher, student = anatomy(nets, "teacher", probe), anatomy(nets, "student", probe)
+        at_hand(nets, "norm", "matches a feature of the teacher")
+        teacher, student = watched(nets, "teacher", probe), anatomy(nets, "student", probe)
         if student.head.bias is None:
             raise BadInput("`norm` folds into the student's classifier, which has no bias to fold into")
         wide = self.groups * picture(teacher.feature).shape[1]
         neck = Transform(picture(student.feature).shape[1], wide, self.residual)
         nets.student = Grafted(nets.student, neck, student.head, cut=student.path, reads=student.reads)
-        if teacher.reads.endswith(":in"):
-            tap(nets, "teacher", "aim", teacher.reads)
         self.pair.own(nets, probe)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
@@ -80,14 +78,15 @@ class NORM:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
-        told = {f"teacher_{k}": v for k, v in nets.run("teacher", batch).items()}
-        have = {**self.pair.gather(nets, {**batch, **told}), "progress": clock.progress}
+        told = nets.run("teacher", batch)
+        have = self.pair.gather(nets, batch | {f"teacher_{k}": v for k, v in told.items()})
+        have["progress"] = clock.progress
         parts = {
             m.name: m.part(have, clock.progress, nets.losses[m.name] if m.is_module else None)
             for m in self.pair.matches
         }
-        aim = picture(told["teacher_aim"] if "teacher_aim" in told else told["teacher_feats"][-1])
-        parts["norm"] = self.weight * mean(matching(have["student_grafted"], aim, self.groups), batch.get("mask"))
+        apart = matching(have["student_grafted"], last_maps(told), self.groups)
+        parts["norm"] = self.weight * mean(apart, batch.get("mask"))
         yield "student", parts
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
 from limbeck.core.features import per_example, picture, tokens
 from limbeck.core.graft import Grafted, anatomy
 from limbeck.core.loop import Clock, Stage, Turn
@@ -17,6 +16,7 @@ from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.pair import Pair, parse_all
 from limbeck.core.prototypes import Bank, Guide
 from limbeck.core.reduce import mean
+from limbeck.core.teachers import at_hand
 
 
 @method(
@@ -68,8 +68,7 @@ class ProCKD:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Begin the prototypes at features of one batch, and put the neck into the student."""
-        if "teacher" not in nets:
-            raise BadInput("`proc_kd` learns prototypes of the teacher's features, so it needs the teacher itself")
+        at_hand(nets, "proc_kd", "learns prototypes of the teacher's features")
         with torch.no_grad(), evaluating(nets.teacher):
             feature = upcast(nets.run("teacher", probe)["feats"][self.layer])
         real = probe.get("mask", torch.ones(len(feature))).bool()

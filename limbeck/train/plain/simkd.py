@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
-from limbeck.core.features import per_example, picture, shrunk
-from limbeck.core.graft import Bottleneck, Grafted, anatomy, tap
+from limbeck.core.features import apart, picture, shrunk
+from limbeck.core.graft import Bottleneck, Grafted, anatomy, last_maps, watched
 from limbeck.core.loop import Clock, Turn
-from limbeck.core.maths import pair
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import mean
 from limbeck.core.surgery import copied
+from limbeck.core.teachers import at_hand
 
 
 @method(
@@ -44,25 +43,13 @@ class SimKD:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Put projector and classifier into the student."""
-        if "teacher" not in nets:
-            raise BadInput("`simkd` keeps the teacher's classifier, so it needs the teacher itself, not a store")
-        teacher, student = anatomy(nets, "teacher", probe), anatomy(nets, "student", probe)
-        aim = picture(teacher.feature)
-        nets.student = Grafted(
-            nets.student,
-            Bottleneck(picture(student.feature).shape[1], aim.shape[1], self.factor),
-            copied(teacher.head).requires_grad_(False),  # type: ignore[arg-type]
-            cut=student.path,
-            reads=student.reads,
-            size=(aim.shape[2], aim.shape[3]),
-        )
-        if teacher.reads.endswith(":in"):
-            tap(nets, "teacher", "aim", teacher.reads)
+        at_hand(nets, "simkd", "keeps the teacher's classifier")
+        teacher, student = watched(nets, "teacher", probe), anatomy(nets, "student", probe)
+        aim, head = picture(teacher.feature), copied(teacher.head).requires_grad_(False)
+        neck, size = Bottleneck(picture(student.feature).shape[1], aim.shape[1], self.factor), aim.shape[2:]
+        nets.student = Grafted(nets.student, neck, head, cut=student.path, reads=student.reads, size=size)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
-        told = nets.run("teacher", batch)
-        mine = nets.run("student", batch)["grafted"]
-        aim = picture(told["aim"] if "aim" in told else told["feats"][-1])
-        mine, aim = pair(mine, shrunk(aim, (mine.shape[2], mine.shape[3])))
-        yield "student", mean(per_example((mine - aim).square()), batch.get("mask"))
+        aim, mine = last_maps(nets.run("teacher", batch)), nets.run("student", batch)["grafted"]
+        yield "student", mean(apart(mine, shrunk(aim, mine.shape[2:])), batch.get("mask"))

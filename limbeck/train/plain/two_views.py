@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core import augment as augmentation
 from limbeck.core.card import method
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.pair import Pair, parse_all
+from limbeck.core.pairs import Losses, Pairs, own, students
 
 ONE_LEVEL = {"batch_weight": 0.0, "class_weight": 0.0}
 
@@ -42,22 +42,18 @@ class TwoViews:
         by themselves. *Differs*: see the card.
     """
 
-    weak: tuple[Any, ...] = ({"ce": 0.1}, {"mlkd": 0.9})
-    strong: tuple[Any, ...] = ({"ce": 0.1}, {"mlkd": {"weight": 0.9, **ONE_LEVEL}})
+    weak: Losses = ({"ce": 0.1}, {"mlkd": 0.9})
+    strong: Losses = ({"ce": 0.1}, {"mlkd": {"weight": 0.9, **ONE_LEVEL}})
     augment: tuple[Any, ...] = ({"siamese": {"ops": ["color", "crop", "rotate", "cutout"], "every": True}},)
 
     @cached_property
-    def pairs(self) -> dict[str, Pair]:
+    def pairs(self) -> Pairs:
         """Student and teacher on either view."""
-        views = {"weak": self.weak, "strong": self.strong}
-        return {name: Pair("student", "teacher", parse_all(m), f"losses.{name}") for name, m in views.items()}
+        return students(weak=self.weak, strong=self.strong)
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check the losses on one batch of either view, and build those that own weights."""
-        owned = {name: self.pairs[name].build(nets, view) for name, view in self.views(probe).items()}
-        if any(owned.values()):
-            nets.losses = nn.ModuleDict(owned)
-            nets.companions["student"] = ["losses"]
+        own(nets, self.pairs, self.views(probe))
 
     def views(self, batch: Batch) -> dict[str, Batch]:
         """The batch as it is, and with its pictures augmented once more by torch's generator."""

@@ -90,7 +90,7 @@ class Net(BaseModel):
     weights: str | None = Field(None, description="safetensors file, run folder, zoo/NAME, or random")
     taps: dict[str, str | list[str]] = Field(default_factory=dict, description="name -> layer paths to read")
     train: "Train | None" = Field(
-        None, description="of a teacher without weights: train it first, on the recipe's data"
+        None, description="of a teacher without weights, or of a student: train it first, on the recipe's labels"
     )
     data: dict[str, Any] = Field(default_factory=dict, description="changes to `data` for that training")
     tokenizer: str | None = Field(

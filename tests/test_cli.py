@@ -282,6 +282,18 @@ def test_resume_does_not_repeat_what_is_done(tmp_path: Path, monkeypatch: pytest
     assert Path("there/seed-0/weights.safetensors").stat().st_mtime_ns == done
 
 
+def test_a_student_that_is_trained_first_is_where_every_arm_starts(tmp_path: Path) -> None:
+    student = {"net": "mlp", "train": {"steps": 6, "batch_size": 16}}
+    path = recipe(tmp_path, student=student, train={"steps": 1, "batch_size": 16, "optimizer": {"sgd": {"lr": 0.0}}})
+    called = limbeck("run", path, "--out", "there")
+    assert called.code == 0, called.err
+    (place,) = Path(".students").iterdir()
+    start = load_file(place / "weights.safetensors")
+    for arm in ("", "control/"):
+        arrived = load_file(Path("there/seed-0") / arm / "weights.safetensors")
+        assert all(arrived[k].equal(start[k]) for k in start)
+
+
 def test_an_interrupted_teacher_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = {"net": "mlp", "train": {"steps": 6, "batch_size": 16, "log_every": 1}}
     path = recipe(tmp_path, teacher=teacher)

@@ -30,6 +30,7 @@ OPERATIONS = {
 WAITING = {
     "wad": "the rounds of leaving examples out are counted on the host",
     "hidden_state_shipping": "only places that count are projected, and the host must know how many they are",
+    "bert_emd": "layers are matched by the Hungarian method, which runs on the host",
 }
 
 LOSSES = sorted(name for name in find.names() if find.family(name) == "losses")

@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from limbeck.adapters import chats, embedded, pairing, tasks, words
+from limbeck.adapters import chats, clozes, embedded, pairing, tasks, words
 from limbeck.adapters.readers import SPLITS, Raw, from_rows, join, read, rows_of, stream_files
 from limbeck.core.batches import Splits, Stream, Table, Tokenizer, generator, split
 from limbeck.core.errors import BadInput, MissingExtra, nearest
@@ -26,6 +26,8 @@ __all__ = ["Source", "load", "stream"]
 
 
 Count = Annotated[int, Field(ge=1)]
+PARTS = ("train", "validation", "test")
+APART = ("name", "variant", "inputs", "labels", "split", "seed")  # what each domain of a set may have of its own
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Source:
     name: an embedded set (`fashion_mnist_small`), a file or folder, a folder in LIMBECK_DATA (`cifar10`, or
     `sentiment_small/sst2` for one of several sets in it), or `hub:NAME`, such as `hub:nyu-mll/glue`.
     variant: one of several sets in a folder, or the configuration of a hub set.
+    domains: further sources that are part of the set, each by name or as a mapping of what differs: name, variant,
+    inputs, labels, split, seed. The column `domain` says which one an example is from, 0 for the first. limit and
+    test_limit are shared out evenly among domains of texts to be continued (language).
     inputs, labels: column names; found by their usual names when left out. Several inputs make vectors or joined texts.
     kind: images, text (classification), language (next token), chat (next token of what the assistant says), vectors,
     tokens or rows; told by the data when left out, but for chat.
@@ -45,21 +50,28 @@ class Source:
     seed: of splits and subsets. limit, test_limit: at most so many training, validation and test examples.
     per_class: so many training examples of each class instead.
     known: classes of the task by name or number; training examples of others stay, unlabelled (label -100).
-    labelled: so many training examples of each class keep their label, the others are unlabelled.
+    labelled: so many training examples of each class (with scores: of all) keep their label, others are unlabelled.
     mosaic: so many pictures a side are put together in one, whose labels are 0 or 1 for every class.
     degrade: makes pairs of pictures: inputs are the pictures by `blur`, `downsample`, `noise`, `grey` or `edges`, or by
     one with its number, such as {blur: 1.5}; labels are the pictures themselves.
+    perturb: makes pairs of texts, a reference and a candidate that is a copy, spoiled or noise, whose label is a score;
+    true, or the numbers of `tasks.Perturb`: {copy: 0.1, random: 0.1, most: 0.6}.
     size: side of pictures in pixels (cropped to a square, resized). channels: 1 or 3; as the files have it if left out.
     normalise: bring every channel or feature to mean 0 and deviation 1 over the training set. mean, std: instead of
     the training set's, in the scale where white is 1; one number a channel.
     tokenizer: chars, words, bytes, bpe, hash, or a transformers tokenizer by folder or hub name.
     vocab: most words kept, >= 3; ids of bpe, > 257, which may also be said with its name: bpe:512.
     length: tokens of a stretch (language), or most tokens of a text (classification, chat), >= 1.
+    masked: hide some tokens of a stretch and ask for those instead of the next ones, as masked language models are
+    trained: 15 % of them, anew in every batch (for validation and test once), of which 80 % are shown as a mask, 10 %
+    as another token and 10 % as they are. Or {share: 0.15, smoothing: 0.7}: how many, and how much rare ones more.
+    whole: leave conversations out that are longer than `length` tokens, instead of cutting them.
     pack: several short conversations share a row of `length` tokens, each read as if it were alone; limits count rows.
     """
 
     name: str
     variant: str | None = None
+    domains: list[str | dict[str, Any]] = field(default_factory=list)
     inputs: str | list[str] | None = None
     labels: str | None = None
     kind: Literal["images", "text", "language", "chat", "vectors", "tokens", "rows"] | None = None
@@ -73,6 +85,7 @@ class Source:
     labelled: Count | None = None
     mosaic: Count = 1
     degrade: str | dict[str, float] | None = None
+    perturb: bool | tasks.Perturb = False
     size: Count | None = None
     channels: Literal[1, 3] | None = None
     normalise: bool = True
@@ -81,6 +94,8 @@ class Source:
     tokenizer: str | None = None
     vocab: Annotated[int, Field(ge=3)] = 8192
     length: Count = 64
+    masked: bool | dict[str, float] = False
+    whole: bool = False
     pack: bool = False
 
 
@@ -117,15 +132,10 @@ def load(
     what else is wanted of the two (see `adapters.pairing`); note: told what of the texts could be aligned.
     """
     source = _source(spec)
-    raws, source = _find(source)
-    if source.kind:
-        raws = {name: replace(raw, kind=source.kind) for name, raw in raws.items()}
-    raws = {name: raw for name, raw in raws.items() if len(raw)}
-    if not raws:
-        raise BadInput(f"{source.name} is empty: it has 0 examples")
-    if len({raw.kind for raw in raws.values()}) > 1:
-        raise BadInput(f"the splits of {source.name} differ in kind: { {k: r.kind for k, r in raws.items()} }")
+    raws, source = _together(source) if source.domains else _checked(source)
     kind = next(iter(raws.values())).kind
+    if source.masked and (kind != "language" or teacher_tokenizer is not None or source.domains):
+        raise BadInput("`masked` is of texts of one source, `kind: language`, with one tokenizer for both networks")
     if kind == "language":
         splits, teacher_tokenizer = _language(raws, source, teacher_tokenizer)
     elif kind == "chat":
@@ -144,6 +154,9 @@ def load(
         _subset(splits.validation, source.test_limit, None, source.seed),
         _subset(splits.test, source.test_limit, None, source.seed),
     )
+    if source.perturb:
+        how = source.perturb if isinstance(source.perturb, tasks.Perturb) else tasks.Perturb()
+        splits = Splits(*(tasks.perturbed(table, how, (source.seed, i)) for i, table in enumerate(splits)))
     if source.labelled is not None:
         splits = splits._replace(train=tasks.labelled(splits.train, source.labelled, source.seed))
     if source.degrade is not None:
@@ -172,6 +185,48 @@ def _find(source: Source) -> tuple[dict[str, Raw], Source]:
         return raws, source
     path, variant = _path(source)
     return read(path, variant=variant, inputs=source.inputs, labels=source.labels), source
+
+
+def _checked(source: Source) -> tuple[dict[str, Raw], Source]:
+    """The same, of the kind that is asked for, without empty splits."""
+    raws, source = _find(source)
+    if source.kind:
+        raws = {name: replace(raw, kind=source.kind) for name, raw in raws.items()}
+    raws = {name: raw for name, raw in raws.items() if len(raw)}
+    if not raws:
+        raise BadInput(f"{source.name} is empty: it has 0 examples")
+    if len({raw.kind for raw in raws.values()}) > 1:
+        raise BadInput(f"the splits of {source.name} differ in kind: { {k: r.kind for k, r in raws.items()} }")
+    return raws, source
+
+
+def _together(source: Source) -> tuple[dict[str, Raw], Source]:
+    """Train, validation and test of a source and its further domains, each cut by itself and told by its number."""
+    options = {k: v for k, v in asdict(source).items() if k != "domains"}
+    found: dict[str, list[Raw]] = {}
+    for number, told in enumerate([{}, *source.domains]):
+        changes: Mapping[str, Any] = {"name": told} if isinstance(told, str) else told
+        for key in changes:
+            if key not in APART:
+                raise BadInput(f"a domain may differ in {', '.join(APART)}, got {key!r}{nearest(key, APART)}")
+        raws, own = _checked(_source({**options, **changes}))
+        for part, raw in _parts(raws, own).items():
+            found.setdefault(part, []).append(replace(raw, extra={"domain": [number] * len(raw)}))
+    return {part: join(several, f"{source.name} and its domains") for part, several in found.items()}, source
+
+
+def _parts(raws: dict[str, Raw], source: Source) -> dict[str, Raw]:
+    """Raw examples as train, validation and test."""
+    plan, fractions = _cut(raws, source.split)
+    if next(iter(raws.values())).kind == "language":
+        return {part: Raw("language", [text]) for part, text in zip(PARTS, _texts(raws, source), strict=True)}
+    if plan == "own":
+        return raws
+    whole = join(raws.values(), source.name) if plan == "all" else raws["train"]
+    numbers = Table({"inputs": torch.arange(len(whole))}, name=source.name)
+    cut = split(numbers, (fractions["train"], fractions["validation"], fractions["test"]), seed=source.seed)
+    made = {part: whole.take(table["inputs"].tolist()) for part, table in zip(PARTS, cut, strict=True)}
+    return made | {"test": raws.get("test", raws.get("validation", made["test"]))} if plan == "held out" else made
 
 
 def _path(source: Source) -> tuple[Path, str | None]:
@@ -351,7 +406,9 @@ def _subset(table: Table, limit: int | None, per_class: int | None, seed: int) -
     if limit is None or limit >= len(table):
         return table
     if table.kind == "tokens" and table.columns.get("labels", torch.empty(0)).ndim == 2:
-        return table.select(torch.arange(limit))  # stretches of one text: keep them connected
+        domain = table.columns.get("domain", torch.zeros(len(table), dtype=torch.long))
+        first = [(domain == d).nonzero()[: limit // (int(domain.max()) + 1), 0] for d in domain.unique()]
+        return table.select(torch.cat(first))  # stretches of one text: keep them connected
     part = limit / len(table)
     return split(table, (part, 1 - part, 0.0), seed=seed).train
 
@@ -477,27 +534,38 @@ def _language(
 
     other: a second tokenizer, which is made of the same texts where it must see some.
     """
+    texts = [raws[part].inputs for part in PARTS] if source.domains else [[text] for text in _texts(raws, source)]
+    tokenizer = words.make(source.tokenizer, texts[0], size=source.vocab, language=True)
+    if isinstance(other, str):
+        other = words.make(other, texts[0], size=source.vocab, language=True)
+    pad = int(getattr(tokenizer, "pad", words.PAD))
+    if source.masked:
+        whole = [text for (text,) in texts]
+        return clozes.splits(whole, tokenizer, source.length, pad, source.name, source.seed, source.masked), None
+
+    def table(several: list[str]) -> Table:
+        columns = [words.blocks(tokenizer.encode(text), source.length, pad) for text in several]
+        if source.domains:
+            columns = [c | {"domain": torch.full((len(c["inputs"]),), d)} for d, c in enumerate(columns)]
+        joined = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        return Table(joined, "tokens", name=source.name, tokenizer=tokenizer, constants=_words(tokenizer))
+
+    return Splits(*map(table, texts)), other
+
+
+def _texts(raws: dict[str, Raw], source: Source) -> list[str]:
+    """The training, validation and test text."""
     joined = {part: "\n".join(map(str, raw.inputs)) for part, raw in raws.items()}
     plan, parts = _cut(raws, source.split)
     if plan == "own":
-        texts = [joined["train"], joined["validation"], joined["test"]]
-    else:
-        whole = "\n".join(joined.values()) if plan == "all" else joined["train"]
-        first = round(parts["train"] * len(whole))
-        second = len(whole) if not parts["test"] else first + round(parts["validation"] * len(whole))
-        texts = [whole[:first], whole[first:second], whole[second:]]
-        if plan == "held out":
-            texts[2] = joined.get("test", joined.get("validation", ""))
-    tokenizer = words.make(source.tokenizer, texts[:1], size=source.vocab, language=True)
-    if isinstance(other, str):
-        other = words.make(other, texts[:1], size=source.vocab, language=True)
-    pad = int(getattr(tokenizer, "pad", words.PAD))
-
-    def table(text: str) -> Table:
-        columns = words.blocks(tokenizer.encode(text), source.length, pad)
-        return Table(columns, "tokens", name=source.name, tokenizer=tokenizer, constants=_words(tokenizer))
-
-    return Splits(*map(table, texts)), other
+        return [joined[part] for part in PARTS]
+    whole = "\n".join(joined.values()) if plan == "all" else joined["train"]
+    first = round(parts["train"] * len(whole))
+    second = len(whole) if not parts["test"] else first + round(parts["validation"] * len(whole))
+    texts = [whole[:first], whole[first:second], whole[second:]]
+    if plan == "held out":
+        texts[2] = joined.get("test", joined.get("validation", ""))
+    return texts
 
 
 def _words(tokenizer: Tokenizer) -> dict[str, Tensor]:
@@ -518,6 +586,9 @@ def _chats(raws: dict[str, Raw], source: Source, note: Callable[[str], None] | N
     tables, lost = [], 0
     for table, talks in zip(splits, spoken, strict=True):
         coded = [chats.encoded(tokenizer, messages) for messages in talks]
+        if source.whole:
+            fits = [i for i, (ids, _) in enumerate(coded) if len(ids) <= source.length + 1]
+            talks, coded = [talks[i] for i in fits], [coded[i] for i in fits]
         columns, first, left_out = chats.columns(coded, source.length, pad, pack=source.pack)
         rows = [{"messages": talks[i]} for i in first]
         made = Table(columns, "tokens", name=table.name, tokenizer=tokenizer, rows=rows, constants=_words(tokenizer))
@@ -541,6 +612,10 @@ def stream(
     language, or a pretrained one. Examples come in the order of the source.
     """
     source = _source(spec)
+    if source.domains:
+        raise BadInput("a stream reads one source; give no `domains`")
+    if source.masked:
+        raise BadInput("`masked` is of texts that are held, and a stream is not; give the name of a file to `load`")
     default = "bytes" if source.kind == "language" else "hash"
     tokenizer_name = source.tokenizer or default
     if tokenizer_name in ("chars", "words"):

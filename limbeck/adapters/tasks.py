@@ -1,10 +1,10 @@
-"""Other tasks from the same examples: several labels a picture; pairs of pictures; few labels among unlabelled and
-unknown classes."""
+"""Other tasks from the same examples: several labels a picture; pairs of pictures, and of texts; few labels among
+unlabelled and unknown classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from limbeck.core.batches import Splits, Table, generator
 from limbeck.core.errors import BadInput, nearest
 
-__all__ = ["DEGRADE", "UNLABELLED", "degraded", "labelled", "mosaics", "of_classes"]
+__all__ = ["DEGRADE", "UNLABELLED", "Perturb", "degraded", "labelled", "mosaics", "of_classes", "perturbed"]
 
 UNLABELLED = -100  # what losses on labels leave out
 
@@ -109,6 +109,70 @@ def degraded(table: Table, spec: str | Mapping[str, float], seed: int | tuple[in
     return replace(table, columns={**table.columns, "inputs": inputs, "labels": clean}, classes=None)
 
 
+@dataclass(frozen=True)
+class Perturb:
+    """How candidates are made of reference texts.
+
+    copy, random: in [0, 1], parts of the texts that are left as they are, and that are random tokens throughout.
+    most: in (0, 1]; each token of the others is dropped, replaced by a random one or swapped with the next, by a chance
+    that is drawn for each text between 0 and `most`.
+    """
+
+    copy: float = 0.1
+    random: float = 0.1
+    most: float = 0.6
+
+    def __post_init__(self) -> None:
+        if min(self.copy, self.random) < 0 or self.copy + self.random > 1 or not 0 < self.most <= 1:
+            raise BadInput(
+                "`perturb` needs copy >= 0, random >= 0, copy + random <= 1 and most in (0, 1], got "
+                f"{self.copy}, {self.random} and {self.most}"
+            )
+
+
+def perturbed(table: Table, how: Perturb, seed: int | tuple[int, ...]) -> Table:
+    """Pairs of texts and how good the second is: inputs [N, 2 T] hold the tokens of the reference and, from place T on,
+    of a candidate; labels [N, 1] are the part of the reference's tokens that it has kept, 1 for a copy, 0 for noise.
+
+    Random tokens are those of the table's texts, as often as they are there; of the same `domain` where it has several.
+    """
+    if table.kind != "tokens" or "attention_mask" not in table.columns:
+        raise BadInput(f"`perturb` is for texts, each by itself (kind: text), but {table.name} holds {table.kind}")
+    draw = generator("perturb", *(seed if isinstance(seed, tuple) else (seed,)))
+    words, real = table["inputs"], table["attention_mask"].bool()
+    domain = table.columns.get("domain", torch.zeros(len(table), dtype=torch.long))
+    stock = {d: words[domain == d][real[domain == d]] for d in domain.unique().tolist()}
+    pad = int(getattr(table.tokenizer, "pad", 0))
+    candidates, scores = torch.full_like(words, pad), torch.zeros(len(table), 1)
+    kinds = torch.rand(len(table), generator=draw)
+    for i, (kind, d) in enumerate(zip(kinds.tolist(), domain.tolist(), strict=True)):
+        text = words[i][real[i]]
+        rate = 0.0 if kind < how.copy else how.most * float(torch.rand((), generator=draw))
+        made, kept = spoiled(text, 1.0 if kind > 1 - how.random else rate, kind > 1 - how.random, stock[d], draw)
+        candidates[i, : len(made)], scores[i] = made, kept
+    inputs, there = torch.cat([words, candidates], 1), torch.cat([real, candidates != pad], 1)
+    columns = {**table.columns, "inputs": inputs, "attention_mask": there, "labels": scores}
+    return replace(table, columns=columns, classes=["score"])
+
+
+def spoiled(text: Tensor, rate: float, noise: bool, stock: Tensor, draw: Generator) -> tuple[Tensor, float]:
+    """A text [L] with a change at each place with chance `rate`, of at most L tokens, and the part that was not hit.
+
+    noise: all changes are replacements. stock [M]: what replaces.
+    """
+    hit = torch.rand(len(text), generator=draw) < rate
+    others = stock[torch.randint(len(stock), (len(text),), generator=draw)]
+    kind = torch.ones_like(text) if noise else torch.randint(3, (len(text),), generator=draw)
+    made = torch.where(hit & (kind == 1), others, text)
+    for place in (hit & (kind == 2)).nonzero()[:, 0].tolist():
+        if place + 1 < len(made):
+            made[[place, place + 1]] = made[[place + 1, place]]
+    gone = hit & (kind == 0)
+    if gone.all():
+        gone[0] = False
+    return made[~gone], 1 - float(hit.double().mean())
+
+
 def of_classes(splits: Splits, wanted: Sequence[int | str]) -> Splits:
     """The task of telling the wanted classes apart, numbered anew in that order.
 
@@ -138,7 +202,14 @@ def of_classes(splits: Splits, wanted: Sequence[int | str]) -> Splits:
 
 
 def labelled(table: Table, count: int, seed: int) -> Table:
-    """The table where `count` examples of each class keep their label; that of all others is `UNLABELLED`."""
+    """The table where `count` examples of each class, or with scores `count` of all, keep their label; that of all
+    others is `UNLABELLED`."""
+    if table.columns.get("labels", torch.empty(0)).is_floating_point() and table.classes == ["score"]:
+        if count > len(table):
+            raise BadInput(f"labelled {count} is more than {table.name} has: {len(table)}")
+        mine = torch.randperm(len(table), generator=generator(seed, "labelled")) < count
+        scores = torch.where(mine[:, None], table["labels"], float(UNLABELLED))
+        return replace(table, columns={**table.columns, "labels": scores})
     labels = _classes(table, "labelled")
     rank = torch.randperm(len(table), generator=generator(seed, "labelled"))
     kept = torch.full_like(labels, UNLABELLED)

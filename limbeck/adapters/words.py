@@ -17,6 +17,7 @@ __all__ = ["Bytes", "Chars", "Hashed", "Merges", "Pretrained", "Words", "blocks"
 
 PAD, UNKNOWN = 0, 1
 _WORD = re.compile(r"\w+|[^\w\s]")
+_LINE_WORD = re.compile(r"\w+|[^\w\s]|\n")
 
 
 class Chars:
@@ -35,17 +36,22 @@ class Chars:
 
 
 class Words:
-    """The most frequent lower-case words and punctuation marks of the training text; id 0 pads, id 1 is any other."""
+    """The most frequent lower-case words and punctuation marks of the training text; id 0 pads, id 1 is any other.
 
-    def __init__(self, texts: Iterable[str], size: int = 8192) -> None:
+    lines: the end of a line is a word, too, id 2.
+    """
+
+    def __init__(self, texts: Iterable[str], size: int = 8192, *, lines: bool = False) -> None:
+        self._word = _LINE_WORD if lines else _WORD
         counts = Counter(word for text in texts for word in _WORD.findall(text.lower()))
-        frequent = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
-        self.symbols = ["", "[unknown]", *frequent]
+        ends = ["\n"] if lines else []
+        frequent = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2 - len(ends)]
+        self.symbols = ["", "\ufffd" if lines else "[unknown]", *ends, *frequent]
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols) if i > UNKNOWN}
         self.size = len(self.symbols)
 
     def encode(self, text: str) -> list[int]:
-        return [self._ids.get(word, UNKNOWN) for word in _WORD.findall(text.lower())]
+        return [self._ids.get(word, UNKNOWN) for word in self._word.findall(text.lower())]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.symbols[i] for i in ids if i != PAD)
@@ -110,7 +116,7 @@ def make(name: str | None, texts: Iterable[str], *, size: int, language: bool) -
     if name == "chars":
         return Chars(texts)
     if name == "words":
-        return Words(texts, size)
+        return Words(texts, size, lines=language)
     if name == "hash":
         return Hashed(size)
     if name == "bytes":

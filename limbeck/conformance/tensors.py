@@ -100,6 +100,7 @@ def _make(name: str, lead: tuple[int, ...], g: Generator, two: bool = False) -> 
         "edges": lambda: torch.randint(B, (2, 2 * B), generator=g),
         "features": lambda: normal(N, 3),
         "curves": lambda: normal(4, N),
+        "chosen": lambda: torch.zeros(N, dtype=torch.bool),
         "teachers_logits": lambda: normal(2, *lead, C),
         "teacher_ids": lambda: torch.rand(*lead, C, generator=g).argsort(-1)[..., :K],
         "teacher_logprobs": lambda: normal(*lead, C).log_softmax(-1).sort(-1, descending=True).values[..., :K],

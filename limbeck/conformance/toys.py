@@ -22,6 +22,7 @@ from limbeck.core.evaluate import kernel_logits
 from limbeck.core.loop import Plan
 from limbeck.core.maths import frechet_gaussians, kl
 from limbeck.core.nets import Nets, evaluating, outputs
+from limbeck.core.routing import Experts
 from limbeck.core.sampler import EDM, Denoiser, GaussianDenoiser, generate
 from limbeck.core.synset import SynSet
 
@@ -375,9 +376,31 @@ class Speaker(nn.Module):
         return {"logits": self.head(hidden), "hidden": hidden}
 
 
+class Chorus(Speaker):
+    """A speaker that asks two of four experts at each place."""
+
+    def __init__(self, width: int, *, norm: bool = True, seed: int = 0, spread: float = 1.0) -> None:
+        super().__init__(width, norm=norm, seed=seed, spread=spread)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.experts = Experts(width, 2 * width, 4, 2)
+            nn.init.normal_(self.experts.router.weight)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        hidden = self.norm(self.words(inputs))
+        hidden = hidden + self.experts(hidden)
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+
 def language(w: World) -> Scene:
-    """The teacher is the very Markov chain that wrote the texts; the student begins with none of it."""
-    teacher, g = Speaker(4, norm=w.norm, seed=7, spread=3.0), torch.Generator().manual_seed(0)
+    """The teacher is the very Markov chain that wrote the texts, with experts where a method needs them."""
+    made = _speaking(w, Speaker(4, norm=w.norm, seed=7, spread=3.0))
+    return made if _accepts(made) else _speaking(w, Chorus(4, norm=w.norm, seed=7, spread=3.0))
+
+
+def _speaking(w: World, teacher: Speaker) -> Scene:
+    """Texts of a teacher, and a student that begins with none of what it knows."""
+    g = torch.Generator().manual_seed(0)
     chances = teacher(torch.arange(WORDS))["logits"].detach().softmax(-1)
     text = torch.randint(WORDS, (EXAMPLES, 1), generator=g)
     for _ in range(LENGTH):
@@ -400,6 +423,55 @@ def _understanding(nets: Nets) -> float:
     with torch.no_grad():
         student, teacher = (nets.find(n)(words)["logits"][:, 0].double() for n in ("student", "teacher"))
     return -kl(student, teacher).mean().item()
+
+
+class Reader(nn.Module):
+    """Looks at the mean of a text beside each word, and says the class, or the words: {"logits", "hidden", "feats"}."""
+
+    def __init__(self, width: int, *, norm: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.words, self.body, self.head = (
+                nn.Embedding(WORDS + 1, width),
+                nn.Linear(width, width),
+                nn.Linear(width, 2),
+            )
+        self.norm = Witness() if norm else nn.Identity()
+        self.mask, self.tells_words = WORDS, False
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        x = self.words(inputs)
+        hidden = self.norm(x + self.body(x.mean(1, keepdim=True)))
+        told = hidden @ self.words.weight[:-1].mT if self.tells_words else self.head(hidden.mean(1))
+        return {"logits": told, "hidden": hidden, "feats": [hidden]}
+
+
+def _sentences(seed: int, examples: int) -> Table:
+    """Words of the lower or of the upper half of the vocabulary; every third text has no label."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (examples,), generator=g)
+    text = torch.randint(2, WORDS // 2, (examples, LENGTH), generator=g) + WORDS // 2 * labels[:, None]
+    known = (torch.arange(examples) % 3 > 0) | (seed > 0)
+    return Table({"inputs": text, "labels": torch.where(known, labels, -100)}, kind="tokens", classes=["low", "high"])
+
+
+def pretrain(w: World) -> Scene:
+    """Texts of two sorts, few of them labelled; a teacher of words, and a student of both."""
+    table = _sentences(0, 2 * EXAMPLES)
+    nets = Nets(teacher=Reader(8, norm=w.norm, seed=7), student=Reader(8, norm=w.norm, seed=1))
+    data = {
+        name: Batches(table.select(rows), w.batch, seed=3) for name, rows in w.method.pools(table["labels"]).items()
+    }
+    return Scene(w.method, nets, data, Plan(60, optimizer={"adam": {"lr": 0.03}}, log_every=1), _sorting)
+
+
+def _sorting(nets: Nets) -> float:
+    """Share of new texts that the student sorts right."""
+    table = _sentences(99, 200).to(nets.device)
+    with torch.no_grad(), evaluating(nets.student):
+        found = nets.student(table["inputs"])["logits"].argmax(-1)
+    return float((found == table["labels"]).double().mean())
 
 
 # ---------------------------------------------------------------- noise to data
@@ -488,10 +560,12 @@ class Tower(nn.Module):
 WORLDS: dict[str, Callable[[World], Scene]] = {
     "plain": plain,
     "self": plain,
+    "augmented": plain,
     "many": many,
     "online": online,
     "datafree": datafree,
     "masked": masked,
+    "pretrain": pretrain,
     "gans": gans,
     "continual": continual,
     "datasets": datasets,

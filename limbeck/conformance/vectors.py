@@ -24,6 +24,7 @@ INTEGERS = {
     *("labels", "index", "negatives", "teacher_ids", "edges", "domain"),
     *("teacher_inputs", "teacher_labels", "student_spans", "teacher_spans"),
     *("same_words", "nearest_words", "projection"),
+    *("student_answers", "real_answers"),
 }
 BOOLEANS = {"mask", "attention_mask", "foreground", "teacher_mask", "teacher_attention_mask", "word_starts"}
 _chosen: list[Path] = []

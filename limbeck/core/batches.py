@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from limbeck.core.augment import Augment, build
+from limbeck.core.cloze import Cloze
 from limbeck.core.errors import BadInput
 
 __all__ = ["Batch", "Batches", "Enriched", "Splits", "Stream", "Table", "Tokenizer", "epoch", "generator", "split"]
@@ -51,7 +52,7 @@ class Table:
     mean, std: what was subtracted from and divided out of each channel, in the scale where white is 1.
     tokenizer: made the token ids. rows: the raw text rows, kept with their provenance. constants: tensors that belong
     to no example and come with every batch, such as `same_words`. teacher_tokenizer: made the ids in the teacher_*
-    columns, which hold the same text once more.
+    columns, which hold the same text once more. cloze: which of the tokens are hidden is drawn anew in every batch.
     """
 
     columns: dict[str, Tensor]
@@ -64,6 +65,7 @@ class Table:
     rows: list[dict[str, Any]] | None = field(default=None, repr=False)
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
     teacher_tokenizer: Tokenizer | None = field(default=None, repr=False)
+    cloze: Cloze | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: len(column) for name, column in self.columns.items()}
@@ -318,6 +320,9 @@ class Batches:
             batch["inputs"], batch["draw"] = self.augment.apply(batch["inputs"], params), params
             if self.table.paired:
                 batch["labels"] = self.augment.apply(batch["labels"], params)
+        if (cloze := self.table.cloze) is not None:
+            places = generator(self.seed, "cloze", position)
+            batch = cloze.apply(batch, cloze.draw(places, len(rows), batch["inputs"].shape[1])[mine])
         self.position += 1
         return batch
 
@@ -368,6 +373,9 @@ def epoch(table: Table, batch_size: int) -> Iterator[Batch]:
     """One pass in table order, nothing dropped, for evaluation; the last batch may be short."""
     for start in range(0, len(table.check()), batch_size):
         batch = {name: column[start : start + batch_size] for name, column in table.columns.items()}
+        if table.cloze is not None:  # the same tokens each time that anybody looks
+            size = batch["inputs"].shape
+            batch = table.cloze.apply(batch, table.cloze.draw(generator("epoch", start), size[0], size[1]))
         yield batch | {"index": torch.arange(start, min(start + batch_size, len(table))), **table.constants}
 
 

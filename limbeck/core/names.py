@@ -95,7 +95,10 @@ NAMES: dict[str, tuple[str, str]] = {
     # whole sets, for selection and measures
     "features": ("N D", "feature of every example"),
     "curves": ("E N", "a per-example statistic over E epochs"),
+    "chosen": ("N", "True for every example that was chosen in an earlier round"),
     "student_samples": ("N D", "features of what the student generates"),
     "teacher_samples": ("N D", "features of what the teacher generates"),
     "real_samples": ("N D", "features of real examples"),
+    "student_answers": ("N T", "words that the student writes after each prompt, numbered; -1 pads"),
+    "real_answers": ("N T", "words of the answer that it should write, numbered alike; -1 pads"),
 }

@@ -20,7 +20,17 @@ from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, merge
 from limbeck.verbs import teach
 from limbeck.verbs.check import check_names, rehearse
-from limbeck.verbs.setting import KERNEL, Event, Setting, any_number, batches_of, load_weights, make_plan, save_network
+from limbeck.verbs.setting import (
+    KERNEL,
+    Event,
+    Setting,
+    any_number,
+    batches_of,
+    load_weights,
+    make_plan,
+    save_network,
+    scored,
+)
 from limbeck.verbs.together import first, leads
 from limbeck.zoo import nets as zoo
 
@@ -56,6 +66,10 @@ def setting(
         if not len(splits.validation):
             raise BadInput(f"{recipe.at('split')}{splits.train.name} has no validation part")
         splits = splits._replace(test=splits.validation)
+    if recipe.store is not None and splits.train.cloze is not None:
+        raise BadInput(
+            f"{recipe.at('store')}what a teacher says of hidden words is not stored: every batch hides others"
+        )
     on_event = on_event if leads() else None
     made = Setting(recipe, splits, {}, folder, on_event=on_event, resume=resume, objects=objects(networks, recipe))
     roles: dict[tuple[str, ...], Any] = {("teacher",): recipe.teacher, ("student",): recipe.student}
@@ -82,6 +96,8 @@ def setting(
         rehearse(made)
     if made.teacher is not None and "teacher" not in given:
         _trained(made, made.teacher)
+    if recipe.student is not None and recipe.student.train is not None and "student" not in given:
+        _started(made, recipe.student)
     return made
 
 
@@ -127,9 +143,12 @@ def _two_tokenizers(recipe: Recipe, on_event: Event | None) -> Splits | None:
 
 
 def _own_data(recipe: Recipe, spec: Net) -> dict[str, Any]:
-    """What a teacher is trained on: the recipe's data with the changes that it asks for, in its own tokens."""
-    data = merge(recipe.data.model_dump(exclude_unset=True) if recipe.data else {}, spec.data)
-    return data if spec.tokenizer is None else {**data, "tokenizer": spec.tokenizer}
+    """What a network is trained on first: the recipe's data with the changes that it asks for, in its own tokens."""
+    if recipe.data is None:
+        return dict(spec.data)
+    data, usual = merge(recipe.data.model_dump(exclude_unset=True), spec.data), data_of(recipe).get("tokenizer")
+    tokenizer = spec.tokenizer or data.get("tokenizer") or usual
+    return data if tokenizer is None else {**data, "tokenizer": tokenizer}
 
 
 def as_splits(data: Any, recipe: Recipe) -> Splits | None:
@@ -204,6 +223,7 @@ def describe(table: Table) -> dict[str, Any]:
         "channels": inputs.shape[1] if image else None,
         "size": inputs.shape[-1] if image or table.kind == "vectors" else None,
         "vocab": table.vocab or None,
+        "masked": table.cloze is not None,
     }
 
 
@@ -211,6 +231,12 @@ def network(spec: Net, table: Table, folder: Path) -> nn.Module:
     """A network from its spec, with its weights if it names some."""
     body = {"net": spec.net, **spec.options}
     module: nn.Module = zoo.build(body, **describe(table))
+    labels = table.columns.get("labels", torch.empty(0))
+    if getattr(module, "causal", True) is False and table.cloze is None and labels.ndim == 2:
+        raise BadInput(
+            f"{spec.net} with `causal: false` sees the next tokens that it is asked for; hide some: "
+            "`masked: true` in the data"
+        )
     if spec.weights not in (None, "random"):
         load_weights(module, spec.weights, (folder, folder.parent, WEIGHTS, WEIGHTS.parent))
     return module
@@ -251,7 +277,7 @@ def _trained(made: Setting, module: nn.Module) -> None:
         return
     if spec.train is not None:
         module.requires_grad_(True)
-        _train_first(made, module, spec)
+        _train_first(made, module, spec, "teacher")
         module.eval().requires_grad_(False)
     elif spec.net in zoo.NETS:
         raise BadInput(
@@ -260,25 +286,41 @@ def _trained(made: Setting, module: nn.Module) -> None:
         )
 
 
-def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
+def _started(made: Setting, spec: Net) -> None:
+    """Train the student on labels, once, when the recipe says how: every arm and seed then starts from it."""
+    torch.manual_seed(0)
+    blank = made.builders["student"]
+    place = _train_first(made, blank().train(), spec, "student")
+
+    def start() -> nn.Module:
+        module = blank()
+        load_weights(module, str(place / "weights.safetensors"), ())
+        return module
+
+    made.builders["student"] = start
+
+
+def _train_first(made: Setting, module: nn.Module, spec: Net, role: str) -> Path:
+    """Train a network on labels and keep it in a folder named by all that decides it; if it is there, read it."""
     assert spec.train is not None
     recipe = made.recipe
     data = _own_data(recipe, spec)
     key = json.dumps([spec.model_dump(mode="json"), data], sort_keys=True, default=str)
-    place = made.folder.parent / ".teachers" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    place = made.folder.parent / f".{role}s" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if first((place / "weights.safetensors").exists):
         load_weights(module, str(place / "weights.safetensors"), ())
-        return
+        return place
     splits = made.splits
     if spec.data or spec.tokenizer is not None:
         splits = load_data({k: v for k, v in data.items() if k != "augment"})
     if made.on_event is not None:
-        made.on_event({"arm": "teacher", "seed": 0, "label": f"training the teacher {spec.net}"})
+        made.on_event({"arm": role, "seed": 0, "label": f"training the {role} {spec.net}"})
     changed = recipe.with_changes({"data": data}) if data else recipe
-    with recipe.blamed("teacher", "train"):
+    with recipe.blamed(role, "train"):
         batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"
-    method = knobs.make(name, {"match": ("bce" if any_number(splits.train) else "ce",)} if name == "distill" else {})
+    loss = "squared_error" if scored(splits.train) else "bce" if any_number(splits.train) else "ce"
+    method = knobs.make(name, {"match": (loss,)} if name == "distill" else {})
     from limbeck.core.loop import fit
 
     nets, plan = Nets(student=module), make_plan(spec.train, batches.steps_per_epoch, 0)
@@ -286,3 +328,4 @@ def _train_first(made: Setting, module: nn.Module, spec: Net) -> None:
     save_network(module, place, spec)
     if leads():
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
+    return place

@@ -27,6 +27,7 @@ from limbeck.core.signals.kinds import Kind
 from limbeck.core.synset import SynSet
 from limbeck.recipe import Net, Recipe, Spec, Train
 from limbeck.verbs import condense, label, rows, shape, shorten, signals, teach
+from limbeck.verbs.answers import asked
 from limbeck.verbs.figures import figures, measure_of
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.setting import (
@@ -39,6 +40,7 @@ from limbeck.verbs.setting import (
     learner_of,
     make_plan,
     method_of,
+    reads_answers,
 )
 from limbeck.verbs.together import leads
 from limbeck.zoo import nets as zoo
@@ -108,10 +110,11 @@ def _networks(recipe: Recipe, given: Collection[str]) -> None:
 def _net(recipe: Recipe, spec: Net, *path: Any) -> None:
     for key in ("train", "data"):
         tested = key == "data" and path == ("judge", "net") and rows.asked(recipe)  # where a judge of rows is tested
-        if path != ("teacher",) and key in spec.model_fields_set and not tested:
+        first = path == ("teacher",) or (path == ("student",) and recipe.do == "teach")
+        if not first and key in spec.model_fields_set and not tested:
             raise BadInput(
-                f"{recipe.at(*path, key)}only a teacher is trained first; train this network by `do: train` in a "
-                "recipe or a stage of its own, and name its run folder in `weights`"
+                f"{recipe.at(*path, key)}only a teacher, and the student of `do: teach`, are trained first; train this "
+                "network by `do: train` in a recipe or a stage of its own, and name its run folder in `weights`"
             )
     if spec.tokenizer is not None and (path != ("teacher",) or recipe.do != "teach" or recipe.store is not None):
         raise BadInput(
@@ -442,6 +445,8 @@ def _metrics(made: Setting) -> None:
             with recipe.blamed(*(("measure", i) if written else ("data",))):
                 teacher = made.teacher is not None
                 names += figures(spec, table.num_classes or table.vocab or 2, teacher=teacher, paired=table.paired)
+                if reads_answers(spec):
+                    asked(table)
                 if table.paired and "judge" not in recipe.nets and "frechet" in names:
                     raise BadInput("pictures are compared by what a classifier sees; name one as `nets.judge`")
         if not names and recipe.do in VERBS:

@@ -12,6 +12,7 @@ from limbeck.verbs.robust import SEVERITIES
 
 # what measures may ask for where there are class labels or none, and where labels are pictures
 TOLD = {"student_logits", "teacher_logits", "student_map", "teacher_map", "labels"}
+WRITTEN = {"student_answers", "real_answers"}
 SHOWN = {"student_picture", "real_picture", "student_samples", "real_samples"}
 COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
 
@@ -37,8 +38,8 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True, paired: bool 
     have |= dict.fromkeys(("student_map", "teacher_map"), rows[:, :, None, None])
     if find.folder(name) == "measure/robust":
         have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)
-    have |= dict.fromkeys(SHOWN, rows[:, :, None, None])
-    able = SHOWN if paired else TOLD if paired is False else TOLD | SHOWN
+    have |= dict.fromkeys(SHOWN, rows[:, :, None, None]) | dict.fromkeys(WRITTEN, labels[:, None])
+    able = SHOWN if paired else TOLD | WRITTEN if paired is False else TOLD | SHOWN | WRITTEN
     lacking = [n for n in asks if n not in able]
     if lacking:
         told = "but labels here are pictures; `psnr` compares such" if paired else "which no classifier gives"
@@ -51,7 +52,7 @@ def measure_of(figure: str) -> str:
     """The measure that gives a number: calibration for "ece". Raises BadInput with the nearest numbers."""
     known: dict[str, str] = {}
     for name in find.names():
-        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD | SHOWN:
+        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD | SHOWN | WRITTEN:
             known |= dict.fromkeys(figures(name), name)
     if figure not in known:
         raise BadInput(f"no measure gives {figure!r}{nearest(figure, known)}")

@@ -64,7 +64,8 @@ def run(setting: Setting) -> Result:
         method = method_of(changed)
         nets = setting.nets(changed, method)
         learner = learner_of(method)
-        batches = batches_of(recipe, setting.splits.train, seed)
+        several = hasattr(method, "pools")
+        batches = setting.pools(changed, method, seed) if several else batches_of(recipe, setting.splits.train, seed)
         validate = validator(setting.splits.validation, recipe.train, learner, recipe.metric)
         if hasattr(nets.find(learner), "schedule"):
             validate = None

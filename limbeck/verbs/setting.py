@@ -34,7 +34,8 @@ from limbeck.recipe import Net, Recipe, Spec, Train, dump
 from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
 from limbeck.verbs import signals
-from limbeck.verbs.figures import COSTS, measure_of
+from limbeck.verbs.answers import answers
+from limbeck.verbs.figures import COSTS, WRITTEN, measure_of
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.together import first, leads, processes
 from limbeck.zoo.lora import merged
@@ -43,6 +44,7 @@ TRACKERS = ("tensorboard",)
 KERNEL = "kernel"  # a judge of condensed sets that is no network: kernel ridge regression
 WEIGHTS = "weights.safetensors"
 HELD = 2**27  # logits that judging holds in memory at once, half a gigabyte
+CURVE_WRITTEN = 64  # the same where the network must write for it
 CURVE = 512  # validation examples for the curve in the report, when nothing is selected by it
 
 Event = Callable[[dict[str, Any]], None]
@@ -327,8 +329,15 @@ def any_number(table: Table) -> bool:
     return bool(((labels == 0) | (labels == 1)).all())
 
 
+def scored(table: Table) -> bool:
+    """Whether the label of an example is a score."""
+    return table.classes == ["score"]
+
+
 def usual(table: Table) -> str:
     """The measure of what a network says of such labels."""
+    if scored(table):
+        return "score_correlation"
     if table.paired:
         return "psnr"
     if any_number(table):
@@ -339,7 +348,7 @@ def usual(table: Table) -> str:
 def judge(
     module: nn.Module,
     table: Table,
-    measures: Iterable[Spec],
+    measures: Sequence[Spec],
     teacher: nn.Module | None = None,
     eye: nn.Module | None = None,
 ) -> dict[str, float]:
@@ -352,6 +361,12 @@ def judge(
     what is no mean over places, such as a calibration error, it is the mean over stretches.
     """
     module.eval()
+    writing = [spec for spec in measures if reads_answers(spec)]
+    if writing:  # of the whole set at once: what is counted there is no mean over examples
+        rest = [spec for spec in measures if not reads_answers(spec)]
+        written = _written(module, table, writing)
+        told = judge(module, table, rest, teacher, eye) if rest else {}
+        return {**written, **told} if reads_answers(next(iter(measures))) else {**told, **written}
     if table.teacher_tokenizer is not None:  # their places are not the same
         teacher = None
     labels = table.columns.get("labels", torch.empty(0))
@@ -368,6 +383,22 @@ def judge(
         return found[0][1]
     total = sum(count for count, _ in found)
     return {name: sum(count * one[name] for count, one in found) / total for name in (found[0][1] if found else ())}
+
+
+def reads_answers(spec: Spec) -> bool:
+    """Whether a measure is of what a network writes, not of what it says of given texts."""
+    name = knobs.split(spec, "measure")[0]
+    return name not in COSTS and not WRITTEN.isdisjoint(find.needs(find.get(name)))
+
+
+def _written(module: nn.Module, table: Table, measures: Iterable[Spec]) -> dict[str, float]:
+    """Measures of what a network answers to the table's prompts."""
+    have, out = answers(module, table), {}
+    for spec in measures:
+        name, given = knobs.split(spec, "measure")
+        measure = find.get(name)
+        out[name] = float(measure(*[have[n] for n in find.needs(measure)], **knobs.check(name, measure, given)))
+    return out
 
 
 def bits_a_nat(table: Table) -> float:
@@ -449,9 +480,10 @@ def validator(
     """The loop's validation: the deciding metric on the validation split (a part of it when nothing is selected)."""
     if not len(table):
         return None
-    part = table if train.select else table.select(torch.arange(min(CURVE, len(table))))
     figure = train.select or metric
     measure = measure_of(figure) if figure else usual(table)
+    few = CURVE_WRITTEN if reads_answers(measure) else CURVE
+    part = table if train.select else table.select(torch.arange(min(few, len(table))))
     return lambda nets: judge(nets.find(learner), part, [measure], nets.modules.get("teacher"), eye)
 
 

@@ -22,9 +22,12 @@ from limbeck.core.sampler import Denoiser
 from limbeck.shape.layers.layer_choice import layer_choice
 from limbeck.zoo.convnet import convnet, mlp
 from limbeck.zoo.denoise import denoiser_mlp, generator, unet
+from limbeck.zoo.experts import tiny_moe_lm
 from limbeck.zoo.lora import adapted
 from limbeck.zoo.pictures import painter, patch_judge
+from limbeck.zoo.prompts import prompted_encoder
 from limbeck.zoo.resnet import resnet, wrn
+from limbeck.zoo.routed import routed_encoder
 from limbeck.zoo.text import bag, text_cnn
 from limbeck.zoo.transformer import text_encoder, tiny_lm, vit_tiny
 
@@ -41,7 +44,10 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "bag": bag,
     "text_cnn": text_cnn,
     "text_encoder": text_encoder,
+    "routed_encoder": routed_encoder,
+    "prompted_encoder": prompted_encoder,
     "tiny_lm": tiny_lm,
+    "tiny_moe_lm": tiny_moe_lm,
     "unet": unet,
     "denoiser_mlp": denoiser_mlp,
     "generator": generator,
@@ -64,11 +70,13 @@ def build(
     channels: int | None = None,
     size: int | None = None,
     vocab: int | None = None,
+    masked: bool = False,
 ) -> nn.Module:
     """A network with fresh random weights, except that `hf:` brings its own.
 
     spec: a name, or {"net": name, knob: value}. Knobs go to the network's builder, where they may also overrule the
-    facts about the data: classes, channels and size (side of pictures, or length of vectors), vocab.
+    facts about the data: classes, channels and size (side of pictures, or length of vectors), vocab. masked: the tokens
+    to be told are hidden in the text, not the next ones, for which `hf:` loads another head.
 
     `unet` and `denoiser_mlp` come wrapped as a Denoiser; their knob `denoiser` says how, as Denoiser.from_spec reads
     it, such as {"schedule": "flow", "kind": "flow"}. Left out, it is the preconditioning of Karras et al. for data of
@@ -80,7 +88,7 @@ def build(
         raise BadInput("a network needs a `net`: a name of the zoo, timm:NAME, hf:NAME_OR_PATH or file.py:Class")
     if "graft" in body:
         graft: Any = body.pop("graft")
-        plain = build(body, classes=classes, channels=channels, size=size, vocab=vocab)
+        plain = build(body, classes=classes, channels=channels, size=size, vocab=vocab, masked=masked)
         return Grafted.from_spec(plain, graft)
     name = str(body.pop("net"))
     facts = {"classes": classes, "channels": channels, "size": size, "vocab": vocab}
@@ -88,7 +96,7 @@ def build(
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), body, known)
     if is_transformers(name):
-        return _transformers(name.removeprefix("hf:"), body, known)
+        return _transformers(name.removeprefix("hf:"), body, known, masked)
     if ":" in name and name.partition(":")[0].endswith(".py"):
         return _own(name, body, known)
     if name not in NETS:
@@ -146,8 +154,8 @@ def _timm(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Modu
     return module
 
 
-def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) -> nn.Module:
-    """A model of the transformers library with its weights: of causal language, text classes or picture classes.
+def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int], masked: bool) -> nn.Module:
+    """A model of the transformers library with its weights: of causal or masked language, text or picture classes.
 
     keep: only that many of its layers, spread evenly from the first to the last, or those of the indices given. lora:
     train low-rank adapters alone; options as `zoo.lora.adapted` has them. Others go to `from_pretrained`.
@@ -159,7 +167,7 @@ def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int]) ->
     except ImportError:
         raise MissingExtra("transformers", "text") from None
     if "vocab" in known and "classes" not in known:
-        kind, facts = transformers.AutoModelForCausalLM, {}
+        kind, facts = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM, {}
     else:
         text = "vocab" in known
         kind = transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification

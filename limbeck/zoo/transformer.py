@@ -101,8 +101,16 @@ def _start(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def _real(inputs: Tensor) -> Tensor:
+    """Where tokens [B, T] are no padding, which is id 0; a text of padding alone looks at all of it: attention needs a
+    place."""
+    real = inputs != 0
+    return real | ~real.any(1, keepdim=True)
+
+
 class LanguageModel(nn.Module):
-    """GPT-like: each place sees itself and what came before, and its logits are of the next token.
+    """GPT-like: each place sees itself and what came before, and its logits are of the next token. Or BERT-like, not
+    causal: each place sees all of the text but padding, id 0, and its logits are of the token that stands there.
 
     Returns logits [B, T, V], tokens [B, T, D] before the first block, feats (after each block [B, T, D]), hidden
     [B, T, D] before the head, head and embedding [V, D], and `TOLD` when asked for. `length` is the longest text it can
@@ -110,13 +118,13 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, vocab: int, width: int, layers: int, heads: int, length: int | None, tied: bool, maps: bool
+        self, vocab: int, width: int, layers: int, heads: int, length: int | None, tied: bool, causal: bool, maps: bool
     ) -> None:
         super().__init__()
-        self.length, self.vocab = length, vocab
+        self.length, self.vocab, self.causal = length, vocab, causal
         self.embed = nn.Embedding(vocab, width)
         self.places = None if length is None else nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, True, length is None, maps) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, causal, length is None, maps) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab, bias=False)
         _start(self)
@@ -127,7 +135,7 @@ class LanguageModel(nn.Module):
         x = self.embed(inputs)
         if self.places is not None:
             x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
-        tokens, (x, seen) = x, _through(self.blocks, x)
+        tokens, (x, seen) = x, _through(self.blocks, x, None if self.causal else _real(inputs))
         hidden = self.norm(x)
         told = {"logits": self.head(hidden)} if logits else {}
         told |= {"hidden": hidden, "head": self.head.weight, "embedding": self.embed.weight}
@@ -142,12 +150,14 @@ def tiny_lm(
     heads: int = 4,
     length: int | None = None,
     tied: bool = True,
+    causal: bool = True,
     attn: bool = False,
 ) -> LanguageModel:
     """width: of the residual stream, a multiple of 2 heads. layers, heads: of attention. length: longest text, which
-    makes positions learned instead of rotary. tied: the head is the embedding. attn: also return `TOLD`."""
+    makes positions learned instead of rotary. tied: the head is the embedding. causal: false for a masked language
+    model, whose data say `masked: true`. attn: also return `TOLD`."""
     require(width % (2 * heads) == 0, "width", width, f"a multiple of 2 x {heads} heads")
-    return LanguageModel(vocab, width, layers, heads, length, tied, attn)
+    return LanguageModel(vocab, width, layers, heads, length, tied, causal, attn)
 
 
 class ViT(nn.Module):
@@ -199,15 +209,28 @@ class TextEncoder(nn.Module):
     """A bidirectional transformer over token ids, where id 0 is padding; the mean over real tokens is classified.
 
     Returns logits [B, classes], tokens [B, T, D] before the first block, feats (after each block [B, T, D]), emb [B, D]
-    and head [classes, D], head_bias, and `TOLD` when asked for.
+    and head [classes, D], head_bias, and `TOLD` when asked for. One that is masked knows one more token, `mask`, and
+    while `tells_words` is true its logits are of the token at each place [B, T, vocab], with `hidden` [B, T, D] before
+    that head, the embedding, and without emb.
     """
 
     def __init__(
-        self, classes: int, vocab: int, width: int, layers: int, heads: int, length: int, dropout: float, maps: bool
+        self,
+        classes: int,
+        vocab: int,
+        width: int,
+        layers: int,
+        heads: int,
+        length: int,
+        dropout: float,
+        masked: bool,
+        maps: bool,
     ) -> None:
         super().__init__()
         self.length = length
-        self.embed = nn.Embedding(vocab, width, padding_idx=0)
+        self.mask = vocab if masked else None
+        self.tells_words: bool | None = False if masked else None
+        self.embed = nn.Embedding(vocab + masked, width, padding_idx=0)
         self.places = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads, False, False, maps) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -220,10 +243,12 @@ class TextEncoder(nn.Module):
             raise BadInput(
                 f"this encoder reads {self.length} tokens at most, got {inputs.shape[1]}: raise its `length`"
             )
-        real = inputs != 0
-        real = real | ~real.any(1, keepdim=True)  # a text of padding alone looks at all of it: attention needs a place
+        real = _real(inputs)
         tokens = self.embed(inputs) + self.places(torch.arange(inputs.shape[1], device=inputs.device))
         x, seen = _through(self.blocks, self.dropout(tokens), real)
+        if self.tells_words:
+            hidden, head = self.norm(x), self.embed.weight[:-1]
+            return {**seen, "logits": hidden @ head.mT, "tokens": tokens, "hidden": hidden, "head": head}
         weight = real.unsqueeze(-1).to(x.dtype)
         emb = (self.norm(x) * weight).sum(1) / weight.sum(1)
         out = {"logits": self.head(self.dropout(emb)), "tokens": tokens, "emb": emb}
@@ -239,9 +264,10 @@ def text_encoder(
     heads: int = 4,
     length: int = 64,
     dropout: float = 0.1,
+    masked: bool = False,
     attn: bool = False,
 ) -> TextEncoder:
     """width, layers, heads: of the transformer. length: longest text. dropout: of the embedded tokens and before the
-    head, in [0, 1). attn: also return `TOLD`."""
+    head, in [0, 1). masked: it can also say which words of a text are hidden. attn: also return `TOLD`."""
     require(width % heads == 0, "width", width, f"a multiple of {heads} heads")
-    return TextEncoder(classes, vocab, width, layers, heads, length, dropout, attn)
+    return TextEncoder(classes, vocab, width, layers, heads, length, dropout, masked, attn)

@@ -14,7 +14,8 @@ from limbeck.core.maths import pair
     arxiv="1910.01108",
     code="huggingface/transformers-research-projects@fccd0cd:distillation/distiller.py",
     differs="the cosine term of the row only; its other two are `ce` on masked words and `kd`, its start is "
-    "`layer_choice`. A learned matrix brings a student of another width to the teacher's",
+    "`layer_choice`. The code takes it, and unless told otherwise the KL, at all tokens, these count where the data's "
+    "mask is True, which is at the hidden ones. A learned matrix brings a student of another width to the teacher's",
     row="distilbert",
     zero_at_match=True,
 )

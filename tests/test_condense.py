@@ -106,8 +106,10 @@ def test_the_lines_of_a_text_are_its_rows(tmp_path: Path) -> None:
     assert called.code == 0, called.err
     kept = written(Path("there/seed-0"))
     assert 100 < len(kept) < 130 and all(GOOD in row["text"] for row in kept)
-    called = limbeck("run", tmp_path / "tiny.yaml", "data.tokenizer=words", "--out", "words")
-    assert called.code == 2 and "is one line; take its rows (`kind: rows`), or `tokenizer: chars`" in called.said
+    assert limbeck("run", tmp_path / "tiny.yaml", "data.tokenizer=words", "--out", "words").code == 0
+    (tmp_path / "web.txt").write_text(" ".join(row["text"] for row in text_rows(300)))
+    called = limbeck("run", tmp_path / "tiny.yaml", "--out", "line")
+    assert called.code == 2 and "is one line; take its rows (`kind: rows`)" in called.said
 
 
 def test_texts_with_classes_train_a_classifier(tmp_path: Path) -> None:

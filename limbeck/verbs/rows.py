@@ -153,7 +153,7 @@ def rows_of(table: Table, field: str) -> list[Row]:
     lines = table.tokenizer.decode(tokens[:last].tolist()).split("\n")
     if len(lines) == 1:
         raise BadInput(
-            f"{table.name} is one line; take its rows (`kind: rows`), or `tokenizer: chars`, which keeps lines"
+            f"{table.name} is one line; take its rows (`kind: rows`), or a tokenizer that keeps lines, such as `chars`"
         )
     return [{field: line} for line in lines]
 

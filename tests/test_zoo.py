@@ -16,7 +16,7 @@ from limbeck.zoo.denoise import UNet, denoiser_mlp, unet
 from limbeck.zoo.nets import DENOISERS, NETS, build
 from limbeck.zoo.transformer import rotate
 
-TOKENS = ("bag", "text_cnn", "text_encoder", "tiny_lm")
+TOKENS = ("bag", "prompted_encoder", "routed_encoder", "text_cnn", "text_encoder", "tiny_lm", "tiny_moe_lm")
 PICTURES = [name for name in NETS if name not in (*TOKENS, *DENOISERS, "generator", "painter", "patch_judge")]
 
 

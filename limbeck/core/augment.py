@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from limbeck.core.errors import BadInput, nearest
 
-__all__ = ["Augment", "Chain", "Crop", "Flip", "ResizedCrop", "Siamese", "build"]
+__all__ = ["Augment", "Chain", "Crop", "Erase", "Flip", "RandAugment", "ResizedCrop", "Siamese", "build"]
 
 
 class Augment(Protocol):
@@ -115,6 +115,94 @@ class ResizedCrop:
             torch.stack([zero, height, 2 * top + height - 1], 1),
         ]
         return _warp(images, torch.stack(rows, 1), "border")
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Random erasing (Zhong et al. 2020): a box of each picture is blotted out with `probability`, P = 4 fractions.
+
+    probability: in [0, 1]. smallest, largest: of the box's area as fractions in (0, 1]. stretch: largest ratio of its
+    sides, >= 1. fill: value inside, one a channel. Parameters: (top, bottom, left, right), all 0 where there is no box.
+    """
+
+    probability: float = 0.25
+    smallest: float = 0.02
+    largest: float = 1 / 3
+    stretch: float = 10 / 3
+    fill: tuple[float, ...] = (0.0,)
+    width: int = 4
+
+    def draw(self, generator: Generator, batch: int) -> Tensor:
+        u = _uniform(generator, batch, 5)
+        area = self.smallest + (self.largest - self.smallest) * u[:, 1]
+        ratio = torch.exp((2 * u[:, 2] - 1) * math.log(self.stretch))
+        height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+        top, left = u[:, 3] * (1 - height), u[:, 4] * (1 - width)
+        box = torch.stack([top, top + height, left, left + width], 1)
+        return torch.where(u[:, :1] < self.probability, box, 0.0)
+
+    def apply(self, images: Tensor, params: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        rows, cols = ((params[:, i : i + 2].to(images.device) * n).round() for i, n in ((0, height), (2, width)))
+        y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+        tall, wide = (y >= rows[:, :1]) & (y < rows[:, 1:]), (x >= cols[:, :1]) & (x < cols[:, 1:])
+        return torch.where((tall[:, :, None] & wide[:, None, :]).unsqueeze(1), _fill(images, self.fill), images)
+
+
+RANDOM = ("identity", "shear_x", "shear_y", "shift_x", "shift_y", "rotate", "brightness", "contrast", "color", "sharp")
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """`layers` operations drawn for each picture on its own (Cubuk et al. 2020), each as strong as `magnitude`.
+
+    P = 2 a layer: which operation, and its direction and strength in [-1, 1]. Of the paper's fourteen those ten that
+    are differentiable; at magnitude 1 they shear by 0.3, shift by 0.45 of the side, rotate by 30 degrees, and lessen or
+    strengthen brightness, contrast, colour and sharpness by 0.9.
+
+    layers: >= 1. magnitude: in [0, 1]; the paper's 9 of 30 is 0.3. fill: black after normalisation, one a channel.
+    """
+
+    layers: int = 2
+    magnitude: float = 0.3
+    fill: tuple[float, ...] = (0.0,)
+
+    @property
+    def width(self) -> int:
+        return 2 * self.layers
+
+    def draw(self, generator: Generator, batch: int) -> Tensor:
+        op = torch.randint(len(RANDOM), (batch, self.layers), generator=generator)
+        sign = 2.0 * torch.randint(2, (batch, self.layers), generator=generator) - 1
+        return torch.stack([op.float(), self.magnitude * sign], 2).flatten(1)
+
+    def apply(self, images: Tensor, params: Tensor) -> Tensor:
+        for layer in params.to(images.device).view(len(params), self.layers, 2).unbind(1):
+            op, strength = layer.unbind(1)
+            images = self._layer(images, op.round().long(), strength)
+        return images
+
+    def _layer(self, images: Tensor, op: Tensor, s: Tensor) -> Tensor:
+        """One operation a picture: `op` [B] of strength `s` [B] in [-1, 1]."""
+
+        def of(name: str) -> Tensor:
+            return torch.where(op == RANDOM.index(name), s, 0.0)
+
+        angle, one = of("rotate") * math.pi / 6, torch.ones_like(s)
+        rows = [
+            torch.stack([angle.cos(), -angle.sin() + 0.3 * of("shear_x"), 0.9 * of("shift_x")], 1),
+            torch.stack([angle.sin() + 0.3 * of("shear_y"), angle.cos(), 0.9 * of("shift_y")], 1),
+        ]
+        black = _fill(images, self.fill)
+        moves = ((op > 0) & (op < RANDOM.index("brightness"))).view(-1, 1, 1, 1)
+        x = torch.where(moves, _warp(images - black, torch.stack(rows, 1)) + black, images)
+        grey = x.mean(1, keepdim=True)
+        soft = F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, 1)
+        targets = {"brightness": black, "contrast": grey.mean((2, 3), keepdim=True), "color": grey, "sharp": soft}
+        for name, target in targets.items():
+            factor = (one + 0.9 * of(name)).to(x).view(-1, 1, 1, 1)
+            x = torch.where(factor == 1, x, target + factor * (x - target))
+        return x
 
 
 @dataclass(frozen=True)
@@ -234,10 +322,15 @@ def build(spec: Sequence[object], size: int = 32, fill: tuple[float, ...] = (0.0
     size: side of the pictures in pixels, from which `crop` takes its default pad (an eighth). fill: the value of black
     after normalisation, one a channel, so that padding looks like the padding of raw pictures.
     """
-    kinds: dict[str, type[Any]] = {"crop": Crop, "flip": Flip, "resized_crop": ResizedCrop, "siamese": Siamese}
+    kinds: dict[str, type[Any]] = {
+        "crop": Crop, "flip": Flip, "resized_crop": ResizedCrop, "siamese": Siamese, "randaugment": RandAugment,
+        "erase": Erase,
+    }  # fmt: skip
     defaults: dict[str, dict[str, object]] = {
         "crop": {"pad": max(1, round(size / 8)), "fill": fill},
         "siamese": {"fill": fill},
+        "randaugment": {"fill": fill},
+        "erase": {"fill": fill},
     }
     parts: list[Augment] = []
     for item in spec:

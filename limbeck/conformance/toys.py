@@ -565,6 +565,7 @@ WORLDS: dict[str, Callable[[World], Scene]] = {
     "online": online,
     "datafree": datafree,
     "masked": masked,
+    "staged": lambda w: pretrain(w) if hasattr(w.method, "pools") else masked(w),
     "pretrain": pretrain,
     "gans": gans,
     "continual": continual,

@@ -145,4 +145,4 @@ def methods(recipe: Recipe) -> list[str]:
     name, given = knobs.split(recipe.method)
     known = find.knobs(find.get(name))
     lists = [given.get(key, recipe.match if key == "match" else known[key]) for key in LISTS if key in known]
-    return [name, *(parse(spec).name for losses in lists for spec in losses)]
+    return [name, *(parse(spec).name for losses in lists if isinstance(losses, (list, tuple)) for spec in losses)]

@@ -256,6 +256,18 @@ def masked(w: World) -> Scene:
     return made
 
 
+def staged(w: World) -> Scene:
+    """Who sees patches, in pools where a method wants several; texts for one that wants those."""
+    table = pictures(mask=w.mask)
+    pools = w.method.pools(table["labels"]) if hasattr(w.method, "pools") else {}
+    if "texts" in pools:
+        return pretrain(w)
+    made = masked(w)
+    if pools:
+        made.data = {name: Batches(table.select(rows), w.batch, seed=3) for name, rows in pools.items()}
+    return made
+
+
 class Painter(nn.Module):
     """A convolutional network that makes `channels` of pictures [B, takes, 8, 8]: {"logits", "feats"}."""
 
@@ -565,7 +577,7 @@ WORLDS: dict[str, Callable[[World], Scene]] = {
     "online": online,
     "datafree": datafree,
     "masked": masked,
-    "staged": lambda w: pretrain(w) if hasattr(w.method, "pools") else masked(w),
+    "staged": staged,
     "pretrain": pretrain,
     "gans": gans,
     "continual": continual,

@@ -108,7 +108,7 @@ REFUSALS: list[tuple[str, Change, str, tuple[str, ...]]] = [
     ("store", {"teacher": None, "store": {"folder": "gone"}}, "store", ("gone",)),
     ("top-k store", {"store": {"topk": 1}}, "kd", ("asks for teacher_logits", "the 1 likeliest of 2", "`method: fkd`")),
     ("store's layers", {"store": {}, "match": ["ce", {"fitnets": {}}]}, "fitnets", ("keeps logits only",)),
-    ("trained role", {"nets": {"assistant": {"net": "mlp", "train": TRAIN}}}, "train", ("only a teacher, and the student",)),
+    ("trained role", {"nets": {"assistant": {"net": "mlp", "train": TRAIN}}}, "train", ("only a teacher, and",)),
     ("role's data", {"nets": {"peer": {"net": "mlp", "data": {"limit": 3}}}}, "data", ("`nets.peer.data`: only",)),
     ("stage", {"stages": [{"name": "a"}]}, "teacher", ("beside `stages`",)),
 ]  # fmt: skip

@@ -1,0 +1,123 @@
+"""Teachers that each saw another part of private data vote, with noise, on public examples; only the votes get out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.card import method, require
+from limbeck.core.errors import BadInput
+from limbeck.core.group import companions, labelled
+from limbeck.core.loop import Clock, Stage, Turn
+from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.partition import by_client
+from limbeck.core.privacy import Ledger, epsilon
+from limbeck.core.reduce import mean
+from limbeck.core.views import another
+from limbeck.losses.logits.ce import ce
+
+
+@method(
+    paper="Papernot et al. 2016 (PATE), sections 2 and 3; 2018 for Gaussian noise",
+    year=2016,
+    arxiv="1610.05755",
+    code="tensorflow/privacy@3d038a4:research/pate_2018/core.py",
+    differs="the student learns from labelled queries alone: the generative network that PATE-G trains on the other "
+    "public examples is left out; privacy is counted at Renyi orders, which gives the same epsilon as the moments do",
+)
+@dataclass(frozen=True)
+class PATE:
+    """label(x) = argmax_j (n_j(x) + noise), n_j the votes of networks that were trained on disjoint private parts.
+
+    First every voter minimises CE(labels) on its own part. Then the student minimises CE(label(x)) on public examples;
+    each is voted on once, when it first comes, until there have been `queries` of them. Their own labels are not read.
+
+    voters: how many private parts, >= 2; the paper has 250. public: the part of all examples that is public, in (0, 1).
+    queries: how many labels are bought at most, >= 1.
+    noise: "laplace" (LNMax) or "gaussian" (GNMax). scale: of it in votes, >= 0: 1 / gamma, the paper's is 20, or the
+        deviation; 0 is the plurality, without any privacy.
+    augment: of the pictures that the student sees again and again; as in `data: augment`.
+
+    *Needs*: labels, one an example; `index`; a factory "peer" of voters, or else "student"; no teacher. Which part an
+        example belongs to hangs on its index alone. *Relates to*: with noise 0 it is bagging and hard labels.
+    *Differs*: see the card. `spent` tells the cost: `free` of what was voted may be published, while `epsilon`, which
+        is smaller, hangs on private data itself and is for those who know them.
+    """
+
+    voters: int = 50
+    public: float = 0.2
+    queries: int = 200
+    noise: Literal["laplace", "gaussian"] = "laplace"
+    scale: float = 20.0
+    augment: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.voters >= 2, "voters", self.voters, ">= 2")
+        require(0 < self.public < 1, "public", self.public, "in (0, 1)")
+        require(self.queries >= 1, "queries", self.queries, ">= 1")
+        require(self.noise in ("laplace", "gaussian"), "noise", self.noise, '"laplace" or "gaussian"')
+        require(self.scale >= 0, "scale", self.scale, ">= 0")
+
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        """Build the voters, and the ledger of what they have been asked."""
+        if "index" not in probe or probe["labels"].ndim != 1:
+            raise BadInput("pate needs `index` and one label an example in its batches")
+        nets.voters = companions(nets, self.voters)
+        nets.ledger = Ledger(int(probe.get("examples") or probe["index"].max() + 1), probe["inputs"], self.queries)
+
+    def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
+        """The voters, side by side; then the student."""
+        yield Stage(steps, "voters", until=0.5, validated=False)
+        nets.freeze("voters")
+        yield Stage(steps, "student")
+
+    def whose(self, index: Tensor) -> Tensor:
+        """The voter [B] to whom each example belongs, always the same; those of `voters` itself are public."""
+        shares = [(1 - self.public) / self.voters] * self.voters + [self.public]
+        return by_client(index, torch.zeros_like(index), torch.tensor([shares]))
+
+    def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
+        """A turn of each voter, or of the student."""
+        whose, counts = self.whose(batch["index"]), labelled(batch)
+        if not clock.stage:
+            for k in range(self.voters):
+                inputs, labels, mask = rows(batch, (whose == k) & counts)
+                yield (
+                    f"voters.{k}",
+                    {"ce": mean(ce(nets.run(f"voters.{k}", {"inputs": inputs})["logits"], labels), mask)},
+                )
+            return
+        self.ask(nets, batch, (whose == self.voters) & batch.get("mask", torch.ones_like(counts)).bool())
+        ledger = nets.ledger
+        slots = ledger.draw(len(whose))
+        inputs, labels, mask = ledger.inputs[slots], ledger.labels[slots], None
+        if not len(slots):
+            inputs, labels, mask = rows(batch, torch.zeros_like(counts))
+        said = nets.run("student", {"inputs": another(inputs, self.augment)})["logits"]
+        yield "student", {"ce": mean(ce(said, labels), mask)}
+
+    @torch.no_grad()
+    def ask(self, nets: Nets, batch: Batch, public: Tensor) -> None:
+        """Let all voters vote on those public examples of a batch that are new."""
+        new = nets.ledger.new(batch["index"], public)
+        if len(new):
+            inputs = batch["inputs"][new]
+            with evaluating(nets.voters):
+                said = [nets.run(f"voters.{k}", {"inputs": inputs})["logits"] for k in range(self.voters)]
+            counts = torch.stack([nn.functional.one_hot(z.argmax(-1), z.shape[-1]) for z in said]).sum(0)
+            nets.ledger.ask(batch["index"][new], inputs, counts, self.noise, self.scale)
+
+    def spent(self, nets: Nets, delta: float = 1e-5) -> dict[str, float]:
+        """Queries, and the epsilon at `delta`: whatever was voted (free), and by what was (epsilon)."""
+        ledger = nets.ledger
+        costs = {"free": ledger.free, "epsilon": ledger.spent}
+        return {"queries": float(ledger.asked)} | {k: epsilon(v, ledger.orders, delta) for k, v in costs.items()}
+
+
+def rows(batch: Batch, mine: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs and labels of those examples that `mine` [B] names; where it names none, one that does not count."""
+    if mine.any():
+        return batch["inputs"][mine], batch["labels"][mine], None
+    return batch["inputs"][:1], batch["labels"][:1].clamp_min(0), torch.zeros_like(mine[:1])

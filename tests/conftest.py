@@ -17,6 +17,13 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(standard)
 
 
+@pytest.fixture
+def one_thread() -> None:
+    """One thread, as tiny networks are faster with, and the same random numbers in every test."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<s>system\nBe brief.</s>\n{% endif %}"
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"

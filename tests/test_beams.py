@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,12 @@ from limbeck.core.nets import Batch, Nets
 from limbeck.core.ngrams import sentence_bleu
 from limbeck.core.policy import completions, starts, text
 from limbeck.losses.logits.ce import ce
+from tests import networks
 
 WORDS, LENGTH, EXAMPLES, END = 5, 6, 24, 4
 
 
-class Speaker(nn.Module):
-    """A small recurrent language model: [B, T] -> [B, T, WORDS]; it counts the rows that it is asked about."""
-
-    def __init__(self, seed: int, hidden: int = 8, spread: float = 3.0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embed = nn.Embedding(WORDS, hidden)
-            self.body = nn.GRU(hidden, hidden, batch_first=True)
-            self.head = nn.Linear(hidden, WORDS)
-        with torch.no_grad():
-            self.head.weight *= spread
-        self.asked = 0
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.asked += len(tokens)
-        out: Tensor = self.head(self.body(self.embed(tokens))[0])
-        return out
+Speaker = partial(networks.Speaker, words=WORDS, spread=3.0)
 
 
 def likelihood(net: nn.Module, row: list[int], start: int) -> float:

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,7 @@ CLASSES, WIDTH, EXAMPLES, SIZE = 4, 6, 40, 8
 NOW = Clock(0, 10)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Mlp(nn.Module):

@@ -16,7 +16,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.loop import Plan, fit
 from limbeck.core.merging import MERGES, arcee_fusion, average, check, fused, importance, task_arithmetic, ties
 from limbeck.core.nets import Nets
-from limbeck.train.many.branch_merge import of_domain
+from limbeck.core.partition import only
 
 NUMBERS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "branch_merge.json").read_text())["merge"]
 
@@ -171,12 +171,12 @@ def test_constants_come_whole_with_the_examples_of_a_domain():
         "same_words": torch.arange(6).view(3, 2),
         "words": torch.tensor([9]),
     }
-    own = of_domain(batch, torch.tensor([False, True, True]))
+    own = only(batch, torch.tensor([False, True, True]))
     assert own["inputs"].tolist() == [[2, 3], [4, 5]]
     assert own["index"].tolist() == [1, 2]
     assert torch.equal(own["same_words"], batch["same_words"])
     assert torch.equal(own["words"], batch["words"])
-    none = of_domain(batch, torch.zeros(3, dtype=torch.bool))
+    none = only(batch, torch.zeros(3, dtype=torch.bool))
     assert none["inputs"].shape == (1, 2)
     assert not none["mask"].any()
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Plan, fit
 from limbeck.core.maths import kl, label_logprobs, reverse_kl
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.partition import rows
 from limbeck.core.policy import (
     Replay,
     completions,
@@ -24,13 +26,13 @@ from limbeck.core.policy import (
     either,
     remaining,
     rollout,
-    rows,
     share,
     starts,
     to_go,
     whiten,
 )
 from limbeck.core.reduce import mean
+from tests import networks
 
 VECTORS = Path(__file__).parent / "vectors"
 WORDS, LENGTH, EXAMPLES = 6, 5, 24
@@ -55,22 +57,7 @@ def gradient(value: Tensor, at: Tensor) -> Tensor:
     return grad
 
 
-class Speaker(nn.Module):
-    """A small recurrent language model: [B, T] -> [B, T, WORDS]."""
-
-    def __init__(self, seed: int, hidden: int = 8, spread: float = 1.0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embed = nn.Embedding(WORDS, hidden)
-            self.body = nn.GRU(hidden, hidden, batch_first=True)
-            self.head = nn.Linear(hidden, WORDS)
-        with torch.no_grad():
-            self.head.weight *= spread
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(self.embed(tokens))[0])
-        return out
+Speaker = partial(networks.Speaker, words=WORDS)
 
 
 def table() -> Table:

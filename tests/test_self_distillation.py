@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,7 @@ from limbeck.train.self.self_kd_ambiguity import recalibrated
 CLASSES, WIDTH, EXAMPLES, SIZE = 4, 6, 40, 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Mlp(nn.Module):

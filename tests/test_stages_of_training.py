@@ -30,11 +30,7 @@ from limbeck.zoo.nets import build
 CLASSES, SIZE = 3, 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Chain(nn.Module):

@@ -12,10 +12,9 @@ from torch import Generator, Tensor
 
 from limbeck.core.batches import Splits, Table, generator
 from limbeck.core.errors import BadInput, nearest
+from limbeck.core.reduce import UNLABELLED
 
 __all__ = ["DEGRADE", "UNLABELLED", "Perturb", "degraded", "labelled", "mosaics", "of_classes", "perturbed"]
-
-UNLABELLED = -100  # what losses on labels leave out
 
 
 def _classes(table: Table, option: str) -> Tensor:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from limbeck.core.bank import everyone
 from limbeck.core.card import require
-from limbeck.core.generate import Reader
+from limbeck.core.generate import Reader, begun
 from limbeck.core.headloss.route import head_of
 from limbeck.core.maths import log_probs
 from limbeck.core.nets import Batch, Nets, can_spare_logits, evaluating, outputs
-from limbeck.core.policy import rows, starts, text, told_anew
+from limbeck.core.partition import rows
+from limbeck.core.policy import starts, text, told_anew
 
 MOVABLE = ("DynamicLayer", "DynamicSlidingWindowLayer")  # kinds of cache whose rows may change places
 NEVER = float("-inf")
@@ -54,27 +55,24 @@ def beam(
     length: tokens after the longest prompt, >= 0. beams: K >= 1. penalty: >= 0. lengths: [B] tokens of each row that
     are its prompt, in [1, P]; all P when None. end: token that ends a text; what follows it in a row is filled with it.
     """
-    count, longest = prompts.shape
-    require(length >= 0, "length", length, ">= 0")
-    require(longest >= 1, "prompts", tuple(prompts.shape), "at least one token long: the network continues something")
+    start, texts = begun(prompts, length, lengths)
+    count = len(texts)
     require(beams >= 1, "beams", beams, ">= 1")
     require(penalty >= 0, "penalty", penalty, ">= 0")
-    begun = torch.full((count,), longest, device=prompts.device) if lengths is None else lengths.to(prompts.device)
-    require(bool(((begun >= 1) & (begun <= longest)).all()), "lengths", begun.tolist(), f"in [1, {longest}]")
-    tokens = torch.cat([prompts, prompts.new_zeros(count, length)], 1)[:, None].repeat(1, beams, 1)
+    tokens = texts[:, None].repeat(1, beams, 1)
     logprobs = torch.full((count, beams), NEVER, device=prompts.device)
     logprobs[:, 0] = 0.0  # at first there is one text alone
     counts, ended = torch.zeros_like(tokens[..., 0]), torch.zeros_like(tokens[..., 0], dtype=torch.bool)
     places = torch.arange(count * beams, device=prompts.device).view(count, beams)
     reader, parents = _Rows(module), places
     with evaluating(module):
-        for t in range(int(begun.min()) if count else 0, longest + length):
+        for t in range(int(start.min()) if count else 0, texts.shape[1]):
             asked = (~ended & (logprobs > NEVER)).flatten().nonzero()[:, 0]
             if not len(asked):
                 break
             said = log_probs(reader.next(tokens.flatten(0, 1)[asked, :t], asked, parents.flatten()[asked]))
             best = said.topk(min(beams, said.shape[-1]), -1)
-            free = (t >= begun)[:, None].expand(-1, beams)
+            free = (t >= start)[:, None].expand(-1, beams)
             go_on = (free & ~ended)[..., None]
             grown = torch.full((count * beams, best.values.shape[-1]), NEVER, device=prompts.device)
             words = tokens.new_zeros(grown.shape)
@@ -94,7 +92,7 @@ def beam(
             ended = before | (free & (tokens[..., t] == end)) if end is not None else before
             parents = parents + places[:, :1]
         if end is not None:
-            over = (torch.arange(tokens.shape[2], device=tokens.device) - begun[:, None])[:, None] >= counts[..., None]
+            over = (torch.arange(tokens.shape[2], device=tokens.device) - start[:, None])[:, None] >= counts[..., None]
             tokens = torch.where(over & ended[..., None], end, tokens)
     return Beams(tokens, logprobs, counts)
 
@@ -163,10 +161,10 @@ def best(module: nn.Module, batch: Batch, beams: int, *, penalty: float, prompt:
 
     prompt, end: as in `policy.rollout`.
     """
-    old, begun = text(batch), starts(batch, prompt)
-    longest = int(begun.max())
+    old, given = text(batch), starts(batch, prompt)
+    longest = int(given.max())
     stop = end if end >= 0 else None
-    return beam(module, old[:, :longest], old.shape[1] - longest, beams, penalty=penalty, lengths=begun, end=stop)
+    return beam(module, old[:, :longest], old.shape[1] - longest, beams, penalty=penalty, lengths=given, end=stop)
 
 
 def keep_texts(nets: Nets, probe: Batch) -> None:

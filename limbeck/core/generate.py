@@ -133,7 +133,7 @@ def write(
     the mean of the distributions, in which `module` has the share that is left. lengths: [B] tokens of each row that
     are its prompt, in [1, P]; all P when None. end: token that ends a text; what follows it in a row is filled with it.
     """
-    starts, tokens = _begun(prompts, length, lengths)
+    starts, tokens = begun(prompts, length, lengths)
     total = sum(share for _, share in mix)
     require(all(s >= 0 for _, s in mix) and total <= 1, "mix", [s for _, s in mix], "shares >= 0 with a sum <= 1")
     require(not mix or temperature > 0, "temperature", temperature, "> 0 where networks are mixed")
@@ -209,7 +209,7 @@ def checked(
     """
     require(top_k >= 1, "top_k", top_k, ">= 1")
     require(block >= 1, "block", block, ">= 1")
-    starts, tokens = _begun(prompts, length, lengths)
+    starts, tokens = begun(prompts, length, lengths)
     replaced = torch.zeros_like(tokens, dtype=torch.bool)
     writer, judge, calls = Reader(student), Reader(teacher), 0
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -247,8 +247,8 @@ def checked(
     return Checked(tokens, replaced, calls)
 
 
-def _begun(prompts: Tensor, length: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the prompt of each row ends [B], and the texts with room for what is to be written."""
+def begun(prompts: Tensor, length: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the prompt of each row ends [B], and the texts [B, P + length] with room for what is to be written."""
     rows, longest = prompts.shape
     require(length >= 0, "length", length, ">= 0")
     require(longest >= 1, "prompts", tuple(prompts.shape), "at least one token long: the network continues something")

@@ -7,16 +7,7 @@ from torch import Tensor, nn
 
 from limbeck.core.bank import everyone
 from limbeck.core.ensemble import mean_logits
-from limbeck.core.nets import Batch, Nets
-
-UNLABELLED = -100
-
-
-def labelled(batch: Batch) -> Tensor:
-    """Which places count and have a label: bool, of the shape of the labels."""
-    labels: Tensor = batch["labels"]
-    mask = batch.get("mask")
-    return labels != UNLABELLED if mask is None else mask.bool() & (labels != UNLABELLED)
+from limbeck.core.nets import Nets
 
 
 def companions(nets: Nets, count: int) -> nn.ModuleList:

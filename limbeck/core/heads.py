@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from limbeck.core.errors import BadInput
 from limbeck.core.maths import FLOOR, gram, kl_logprobs, log_probs, pair, upcast
 
 # What an attention of 0 is taken for, so that its logarithm and the slope of that stay finite.
@@ -43,6 +46,19 @@ def relations_apart(student: Tensor, teacher: Tensor, heads: int, real: Tensor |
     """`looks_apart` of the `log_relation` of either, cut into that many heads: [B, T, heads * D] x 2 -> [B]."""
     mine, its = (log_relation(x, heads, real) for x in (student, teacher.detach()))
     return looks_apart(mine, its, real)
+
+
+def maps_apart(student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean over heads and pairs of real tokens of the squared difference of maps [B, h, T, T] x 2 -> [B]."""
+    pairs = None if real is None else real[:, None, :] & real[:, :, None]
+    return real_mean((student - teacher).square().mean(1), pairs)
+
+
+def same_heads(method: str, maps: Iterable[tuple[int, ...]]) -> None:
+    """Raise BadInput unless attention maps, by shape [B, h, T, T], have as many heads."""
+    heads = {shape[1] for shape in maps}
+    if len(heads) > 1:
+        raise BadInput(f"{method} compares head with head, but layers have {sorted(heads)}; use minilm_v2")
 
 
 def real_mean(values: Tensor, real: Tensor | None = None) -> Tensor:

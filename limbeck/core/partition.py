@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 
 from limbeck.core.errors import BadInput
+from limbeck.core.names import NAMES
 
 
 def by_class(labels: Tensor, tasks: int) -> dict[str, Tensor]:
@@ -33,6 +34,26 @@ def by_client(index: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
     limits = shares.double().cpu().cumsum(1)[labels.cpu()]
     client = (torch.from_numpy(place)[:, None] >= limits).sum(1).clamp_max(shares.shape[1] - 1)
     return client.to(labels.device)
+
+
+def rows(batch: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+    """Some examples of a batch, or some several times over. index: [K], positions in the batch."""
+    size = len(batch["inputs"])
+    return {k: v[index] if _of_examples(k, v) and len(v) == size else v for k, v in batch.items()}
+
+
+def only(batch: Mapping[str, Any], mine: Tensor) -> dict[str, Any]:
+    """The examples that `mine` [B] names; where it names none, one that does not count, so that turns stay the same."""
+    some = bool(mine.any())
+    own = rows(batch, mine.nonzero()[:, 0] if some else torch.zeros_like(mine[:1], dtype=torch.long))
+    if not some:
+        own["mask"] = torch.zeros_like(own.get("labels", mine[:1]), dtype=torch.bool)
+    return own
+
+
+def _of_examples(name: str, column: Any) -> bool:
+    """Whether what goes by a name has a row an example; names that nobody knows are taken to have."""
+    return isinstance(column, Tensor) and column.ndim > 0 and NAMES.get(name, "B")[0].startswith(("B", "..."))
 
 
 class Clients(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from limbeck.core.bank import everyone
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
+from limbeck.core.generate import sample
 from limbeck.core.loop import Stage
 from limbeck.core.maths import js, kl, reverse_kl
 from limbeck.core.nets import Batch, Nets, evaluating
@@ -75,11 +77,11 @@ def rollout(batch: Batch, write: Callable[..., Tensor], *, prompt: int = 1, end:
     return told_anew(batch, new, begun, end)
 
 
-def rows(batch: Batch, index: Tensor) -> Batch:
-    """Some examples of a batch, or some several times over. index: [K], positions in the batch."""
-    size = len(batch["inputs"])
-    column = {k: v[index] for k, v in batch.items() if isinstance(v, Tensor) and v.ndim and len(v) == size}
-    return {**batch, **column}
+def own_words(nets: Nets, batch: Batch, chance: float, *, temperature: float, prompt: int, end: int) -> Batch:
+    """With that chance the batch with completions by the student, drawn at `temperature`; else as it is."""
+    if float(torch.rand(())) >= chance:
+        return batch
+    return rollout(batch, partial(sample, nets.student, temperature=temperature), prompt=prompt, end=end)
 
 
 def either(first: Tensor, yes: Batch, no: Batch) -> Batch:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.group import UNLABELLED
+from limbeck.core.reduce import UNLABELLED
 
 ORDERS = (1.25, 1.5, 2.0, *(float(k) for k in range(3, 65)), 80.0, 100.0, 150.0, 200.0, 300.0, 500.0, 1000.0)
 

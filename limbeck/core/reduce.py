@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+UNLABELLED = -100  # the label of what has none
+
+
+def labelled(batch: Mapping[str, Any]) -> Tensor:
+    """Which places count and have a label: bool, of the shape of the labels."""
+    labels: Tensor = batch["labels"]
+    mask = batch.get("mask")
+    return labels != UNLABELLED if mask is None else mask.bool() & (labels != UNLABELLED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from limbeck.core.routing import Experts
-from limbeck.zoo.transformer import LanguageModel, tiny_lm
+from limbeck.zoo.transformer import LanguageModel, started, tiny_lm
 
 
 class MixtureBlock(nn.Module):
@@ -41,9 +41,6 @@ def tiny_moe_lm(
     model = tiny_lm(vocab=vocab, width=width, layers=layers, heads=heads, length=length, tied=tied, attn=attn)
     for i, block in enumerate(model.blocks):
         mixture = Experts(width, hidden or 2 * width, experts, top, balance)
-        for layer in mixture.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        started(mixture)
         model.blocks[i] = MixtureBlock(block, mixture)
     return model

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
-from limbeck.zoo.transformer import TextEncoder, text_encoder
+from limbeck.zoo.transformer import TextEncoder, real_tokens, text_encoder
 
 OWN = ("prompt", "body.head.weight", "body.head.bias")
 
@@ -33,8 +33,7 @@ class PromptedEncoder(nn.Module):
         body, (b, t), p = self.body, inputs.shape, self.prompt.shape[1]
         if t > body.length:
             raise BadInput(f"this encoder reads {body.length} tokens at most, got {t}: raise its `length`")
-        real = inputs != 0
-        real = real | ~real.any(1, keepdim=True)  # as in the encoder: a text of padding alone is looked at
+        real = real_tokens(inputs)
         seen = torch.cat([real.new_ones(b, p), real], 1)
         tokens = body.embed(inputs) + body.places(torch.arange(t, device=inputs.device))
         x, feats = body.dropout(tokens), []
@@ -42,10 +41,7 @@ class PromptedEncoder(nn.Module):
             x, _ = block(torch.cat([prompt.expand(b, -1, -1).to(x.dtype), x], 1), seen)
             x = x[:, p:]
             feats.append(x)
-        weight = real.unsqueeze(-1).to(x.dtype)
-        emb = (body.norm(x) * weight).sum(1) / weight.sum(1)
-        out = {"logits": body.head(body.dropout(emb)), "tokens": tokens, "feats": feats, "emb": emb}
-        return {**out, "head": body.head.weight, "head_bias": body.head.bias}
+        return {**body.judged(x, real), "tokens": tokens, "feats": feats}
 
 
 def _keep_what_differs(module: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: object) -> None:

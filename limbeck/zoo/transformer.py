@@ -93,7 +93,8 @@ def _through(
     return x, seen
 
 
-def _start(module: nn.Module) -> None:
+def started(module: nn.Module) -> None:
+    """Draw the weights of linear and embedding layers as GPT's; biases are 0."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             nn.init.normal_(layer.weight, std=0.02)
@@ -101,7 +102,7 @@ def _start(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _real(inputs: Tensor) -> Tensor:
+def real_tokens(inputs: Tensor) -> Tensor:
     """Where tokens [B, T] are no padding, which is id 0; a text of padding alone looks at all of it: attention needs a
     place."""
     real = inputs != 0
@@ -127,7 +128,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, causal, length is None, maps) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab, bias=False)
-        _start(self)
+        started(self)
         if tied:
             self.head.weight = self.embed.weight
 
@@ -135,7 +136,7 @@ class LanguageModel(nn.Module):
         x = self.embed(inputs)
         if self.places is not None:
             x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
-        tokens, (x, seen) = x, _through(self.blocks, x, None if self.causal else _real(inputs))
+        tokens, (x, seen) = x, _through(self.blocks, x, None if self.causal else real_tokens(inputs))
         hidden = self.norm(x)
         told = {"logits": self.head(hidden)} if logits else {}
         told |= {"hidden": hidden, "head": self.head.weight, "embedding": self.embed.weight}
@@ -176,7 +177,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, False, False, maps) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
-        _start(self)
+        started(self)
         nn.init.normal_(self.places, std=0.02)
 
     def forward(self, inputs: Tensor) -> dict[str, Any]:
@@ -236,23 +237,27 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
-        _start(self)
+        started(self)
 
     def forward(self, inputs: Tensor) -> dict[str, Any]:
         if inputs.shape[1] > self.length:
             raise BadInput(
                 f"this encoder reads {self.length} tokens at most, got {inputs.shape[1]}: raise its `length`"
             )
-        real = _real(inputs)
+        real = real_tokens(inputs)
         tokens = self.embed(inputs) + self.places(torch.arange(inputs.shape[1], device=inputs.device))
         x, seen = _through(self.blocks, self.dropout(tokens), real)
         if self.tells_words:
             hidden, head = self.norm(x), self.embed.weight[:-1]
             return {**seen, "logits": hidden @ head.mT, "tokens": tokens, "hidden": hidden, "head": head}
+        return {**seen, **self.judged(x, real), "tokens": tokens}
+
+    def judged(self, x: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """What the head says of the last block's output [B, T, D], real [B, T]: logits, emb, head and head_bias."""
         weight = real.unsqueeze(-1).to(x.dtype)
         emb = (self.norm(x) * weight).sum(1) / weight.sum(1)
-        out = {"logits": self.head(self.dropout(emb)), "tokens": tokens, "emb": emb}
-        return {**seen, **out, "head": self.head.weight, "head_bias": self.head.bias}
+        logits = self.head(self.dropout(emb))
+        return {"logits": logits, "emb": emb, "head": self.head.weight, "head_bias": self.head.bias}
 
 
 def text_encoder(

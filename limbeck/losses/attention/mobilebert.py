@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
 from limbeck.core.features import Shape
-from limbeck.core.heads import log_attention, looks_apart, real_mean
+from limbeck.core.heads import log_attention, looks_apart, real_mean, same_heads
 from limbeck.core.layerwise import matched, paired, widths
 from limbeck.core.project import projector, through
 
@@ -48,9 +47,7 @@ class MobileBERT(nn.Module):
         require(feature_weight >= 0, "feature_weight", feature_weight, ">= 0")
         require(attention_weight >= 0, "attention_weight", attention_weight, ">= 0")
         self.feature_weight, self.attention_weight = feature_weight, attention_weight
-        heads = {shape[1] for pair in paired(student_attn, teacher_attn) for shape in pair}
-        if len(heads) > 1:
-            raise BadInput(f"mobilebert compares head with head, but layers have {sorted(heads)}; use minilm_v2")
+        same_heads("mobilebert", (shape for pair in paired(student_attn, teacher_attn) for shape in pair))
         self.maps = nn.ModuleList(
             nn.Identity() if mine == its else projector("linear", mine, its)
             for mine, its in widths(student_feats, teacher_feats)

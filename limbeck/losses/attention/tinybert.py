@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
 from limbeck.core.features import Shape, per_example, same_places, width
-from limbeck.core.heads import real_mean
+from limbeck.core.heads import maps_apart, real_mean, same_heads
 from limbeck.core.maths import pair
 from limbeck.core.project import projector
 from limbeck.core.taps import spread
@@ -65,9 +64,7 @@ class TinyBERT(nn.Module):
         require(attention_weight >= 0, "attention_weight", attention_weight, ">= 0")
         self.embedding_weight, self.hidden_weight = embedding_weight, hidden_weight
         self.attention_weight, self.shared = attention_weight, shared
-        heads = {shape[1] for shape in (*student_attn_scores, *teacher_attn_scores)}
-        if len(heads) > 1:
-            raise BadInput(f"tinybert compares head with head, but layers have {sorted(heads)}; use minilm_v2")
+        same_heads("tinybert", (*student_attn_scores, *teacher_attn_scores))
         require(
             len(student_feats) <= len(teacher_feats),
             "layers of the student",
@@ -113,8 +110,7 @@ class TinyBERT(nn.Module):
 def _scores_apart(student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
     """Mean over heads and pairs of tokens of (A_s - A_t)^2: [B]."""
     looks, aim = (torch.where(x > HIDDEN, x, 0.0) for x in pair(student, teacher))
-    pairs = None if real is None else real[:, None, :] & real[:, :, None]
-    return real_mean((looks - aim).square().mean(1), pairs)
+    return maps_apart(looks, aim, real)
 
 
 def _matched(student: Sequence[T], teacher: Sequence[T]) -> list[tuple[T, T]]:

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
 from limbeck.core.features import Shape, per_example, same_places, width
-from limbeck.core.heads import real_mean
+from limbeck.core.heads import maps_apart, real_mean, same_heads
 from limbeck.core.maths import pair
 from limbeck.core.project import projector, through
 
@@ -59,9 +58,7 @@ class XtremeDistil(nn.Module):
         self.attention_weight, self.first_token, self.dropout = attention_weight, first_token, dropout
         for mine, its in ((student_feats, teacher_feats), (student_attn, teacher_attn)):
             require(len(mine) <= len(its), "layers of the student", len(mine), f"<= {len(its)}, those of the teacher")
-        heads = {shape[1] for shape in (*student_attn, *teacher_attn)}
-        if len(heads) > 1:
-            raise BadInput(f"xtremedistil compares head with head, but layers have {sorted(heads)}; use minilm_v2")
+        same_heads("xtremedistil", (*student_attn, *teacher_attn))
         states = zip([student_tokens, *student_feats][::-1], [teacher_tokens, *teacher_feats][::-1], strict=False)
         widths = [(width(mine), width(its)) for mine, its in states]
         self.maps = nn.ModuleList(nn.Identity() if a == b else projector("linear", a, b) for a, b in widths)
@@ -80,7 +77,9 @@ class XtremeDistil(nn.Module):
         real = None if attention_mask is None else attention_mask.bool()
         mine, its = [student_tokens, *student_feats][::-1], [teacher_tokens, *teacher_feats][::-1]
         states = [self._apart(*each, real) for each in zip(self.maps, mine, its, strict=False)]
-        looks = [_looks(s, t, real) for s, t in zip(student_attn[::-1], teacher_attn[::-1], strict=False)]
+        looks = [
+            maps_apart(*pair(s, t.detach()), real) for s, t in zip(student_attn[::-1], teacher_attn[::-1], strict=False)
+        ]
         return torch.stack(states).sum(0) + self.attention_weight * torch.stack(looks).sum(0)
 
     def _apart(self, fit: nn.Module, student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
@@ -90,10 +89,3 @@ class XtremeDistil(nn.Module):
         if error.ndim != 3:
             return per_example(error)
         return error[:, 0].mean(-1) if self.first_token else real_mean(error.mean(-1), real)
-
-
-def _looks(student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over heads and pairs of tokens of (A_s - A_t)^2: [B]."""
-    mine, aim = pair(student, teacher.detach())
-    pairs = None if real is None else real[:, None, :] & real[:, :, None]
-    return real_mean((mine - aim).square().mean(1), pairs)

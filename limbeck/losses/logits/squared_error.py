@@ -6,8 +6,7 @@ from torch import Tensor
 from limbeck.core.bernoulli import multi_hot
 from limbeck.core.card import method
 from limbeck.core.maths import upcast
-
-UNLABELLED = -100
+from limbeck.core.reduce import UNLABELLED
 
 
 @method(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.errors import BadInput
+from limbeck.core.imagine import check_generator, imagine, imagined, need_embedding
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import log_probs
-from limbeck.core.nets import Batch, Nets, evaluating, read_by
+from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -60,13 +60,9 @@ class DAFL:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that the generator reads codes of `latent` numbers and that the teacher reads its pictures."""
-        pictures = read_by(nets.generator, self.latent, "codes (`latent`)", nets.device)
-        with evaluating(nets.teacher):
-            out = nets.run("teacher", {"inputs": pictures})
-        if self.activation and "emb" not in out:
-            raise BadInput(
-                "the teacher returns no 'emb', which `activation` weighs; tap it (taps: {emb: path}) or set it to 0"
-            )
+        _, told = check_generator(nets, self.latent)
+        if self.activation:
+            need_embedding(told, "activation")
 
     def realism(self, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The generator's loss from what the teacher returns on its pictures: {part: []}."""
@@ -83,9 +79,8 @@ class DAFL:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn of the generator, then one of the student."""
         count = len(batch["index"])
-        pictures = nets.generator(torch.randn(count, self.latent, device=nets.device))
+        pictures = imagine(nets, count, self.latent)
         yield "generator", self.realism(nets.run("teacher", {"inputs": pictures}, through=True))
-        with torch.no_grad():
-            shown = {"inputs": nets.generator(torch.randn(count, self.latent, device=nets.device))}
+        shown = {"inputs": imagined(nets, count, self.latent)}
         teacher, student = nets.run("teacher", shown)["logits"], nets.run("student", shown)["logits"]
         yield "student", mean(kd(student, teacher, temperature=self.temperature))

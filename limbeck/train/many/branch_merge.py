@@ -14,10 +14,10 @@ from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.match import Match
 from limbeck.core.merging import MERGES, check
-from limbeck.core.names import NAMES
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
-from limbeck.core.partition import by_client
+from limbeck.core.pairs import own
+from limbeck.core.partition import by_client, only
 
 
 @method(
@@ -80,10 +80,8 @@ class BranchMerge:
         nets.branches = nn.ModuleList(copy.deepcopy(nets.student) for _ in range(self.branches))
         self.whose(probe)
         pairs = [self.pair(name) for name in (*(["student"] if self.together else []), *self.players)]
-        owned = {pair.losses.partition(".")[2]: pair.build(nets, probe) for pair in pairs}
-        if any(owned.values()):
-            nets.losses = nn.ModuleDict(owned)
-            nets.companions |= {pair.learner: [pair.losses] for pair in pairs}
+        named = {pair.losses.partition(".")[2]: pair for pair in pairs}
+        own(nets, named, dict.fromkeys(named, probe))
 
     @property
     def players(self) -> list[str]:
@@ -111,7 +109,7 @@ class BranchMerge:
             return
         whose = self.whose(batch)
         for k, player in enumerate(self.players):
-            yield player, self.pair(player).parts(nets, of_domain(batch, whose == k), clock.progress)
+            yield player, self.pair(player).parts(nets, only(batch, whose == k), clock.progress)
 
     def whose(self, batch: Batch) -> Tensor:
         """The branch [B] that learns from each example."""
@@ -124,13 +122,3 @@ class BranchMerge:
             raise BadInput("branch_merge needs `domain` or `index` in a batch, to know which branch an example is for")
         share = torch.full((1, self.branches), 1 / self.branches)
         return by_client(batch["index"], torch.zeros_like(batch["index"]), share)
-
-
-def of_domain(batch: Batch, mine: Tensor) -> Batch:
-    """The examples that `mine` [B] names; where it names none, one that does not count, so that turns stay the same."""
-    rows = mine.nonzero()[:, 0] if mine.any() else torch.zeros_like(mine[:1], dtype=torch.long)
-    columns = [k for k, v in batch.items() if isinstance(v, Tensor) and NAMES.get(k, "B")[0].startswith(("B", "..."))]
-    own = {k: v[rows] if k in columns and len(v) == len(mine) else v for k, v in batch.items()}
-    if not mine.any():
-        own["mask"] = torch.zeros_like(own.get("labels", mine[:1]), dtype=torch.bool)
-    return own

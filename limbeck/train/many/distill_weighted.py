@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.features import pooled
-from limbeck.core.group import labelled
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.reduce import Part, mean
+from limbeck.core.reduce import Part, labelled, mean
 from limbeck.core.selection import teachers_of
 from limbeck.core.similarity import Probe
 from limbeck.losses.logits.ce import ce

@@ -10,10 +10,9 @@ from limbeck.core.branches import Branches, deep_layers, ordered, recorded, weig
 from limbeck.core.card import method, require
 from limbeck.core.ema import sigmoid_rampup
 from limbeck.core.features import pooled
-from limbeck.core.group import labelled
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.reduce import mean
+from limbeck.core.reduce import labelled, mean
 from limbeck.core.taps import unwrap
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd

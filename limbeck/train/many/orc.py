@@ -9,10 +9,10 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
-from limbeck.core.group import Roles, companions, joint, labelled
+from limbeck.core.group import Roles, companions, joint
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.reduce import Part, mean
+from limbeck.core.reduce import Part, labelled, mean
 from limbeck.core.taps import untap
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd

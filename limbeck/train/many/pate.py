@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
-from limbeck.core.group import companions, labelled
+from limbeck.core.group import companions
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.partition import by_client
+from limbeck.core.partition import by_client, only
 from limbeck.core.privacy import Ledger, epsilon
-from limbeck.core.reduce import mean
+from limbeck.core.reduce import labelled, mean
 from limbeck.core.views import another
 from limbeck.losses.logits.ce import ce
 
@@ -83,18 +83,17 @@ class PATE:
         whose, counts = self.whose(batch["index"]), labelled(batch)
         if not clock.stage:
             for k in range(self.voters):
-                inputs, labels, mask = rows(batch, (whose == k) & counts)
-                yield (
-                    f"voters.{k}",
-                    {"ce": mean(ce(nets.run(f"voters.{k}", {"inputs": inputs})["logits"], labels), mask)},
-                )
+                own = only(batch, (whose == k) & counts)
+                said = nets.run(f"voters.{k}", own)["logits"]
+                yield f"voters.{k}", {"ce": mean(ce(said, own["labels"]), own.get("mask"))}
             return
         self.ask(nets, batch, (whose == self.voters) & batch.get("mask", torch.ones_like(counts)).bool())
         ledger = nets.ledger
         slots = ledger.draw(len(whose))
         inputs, labels, mask = ledger.inputs[slots], ledger.labels[slots], None
         if not len(slots):
-            inputs, labels, mask = rows(batch, torch.zeros_like(counts))
+            none = only(batch, torch.zeros_like(counts))
+            inputs, labels, mask = none["inputs"], none["labels"].clamp_min(0), none["mask"]
         said = nets.run("student", {"inputs": another(inputs, self.augment)})["logits"]
         yield "student", {"ce": mean(ce(said, labels), mask)}
 
@@ -114,10 +113,3 @@ class PATE:
         ledger = nets.ledger
         costs = {"free": ledger.free, "epsilon": ledger.spent}
         return {"queries": float(ledger.asked)} | {k: epsilon(v, ledger.orders, delta) for k, v in costs.items()}
-
-
-def rows(batch: Batch, mine: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs and labels of those examples that `mine` [B] names; where it names none, one that does not count."""
-    if mine.any():
-        return batch["inputs"][mine], batch["labels"][mine], None
-    return batch["inputs"][:1], batch["labels"][:1].clamp_min(0), torch.zeros_like(mine[:1])

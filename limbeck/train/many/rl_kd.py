@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.group import labelled
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.reduce import Part, mean
+from limbeck.core.reduce import Part, labelled, mean
 from limbeck.core.selection import Episode, Policy, all_say, states
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd

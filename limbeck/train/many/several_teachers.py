@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from limbeck.core.card import method
-from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
+from limbeck.core.selection import all_say
 
 
 @method(
@@ -43,24 +41,11 @@ class SeveralTeachers:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that there are teachers, and build the losses that own weights."""
-        if not self.teachers(nets):
-            raise BadInput("several_teachers needs nets.teachers, a list of at least one network, or nets.teacher")
         self.pair.own(nets, self.heard(nets, probe))
-
-    def teachers(self, nets: Nets) -> list[str]:
-        """Who teaches."""
-        if "teachers" in nets:
-            return [f"teachers.{i}" for i in range(len(nets.teachers))]
-        return ["teacher"] if "teacher" in nets else []
 
     def heard(self, nets: Nets, batch: Batch) -> Batch:
         """The batch with what every teacher says of it."""
-        with torch.no_grad():
-            said = [nets.run(name, batch)["logits"] for name in self.teachers(nets)]
-        apart = {tuple(logits.shape) for logits in said}
-        if len(apart) > 1:
-            raise BadInput(f"teachers must share their classes or words, got logits of shapes {sorted(apart)}")
-        return {**batch, "teachers_logits": torch.stack(said)}
+        return {**batch, "teachers_logits": all_say(nets, batch, "several_teachers")}
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""

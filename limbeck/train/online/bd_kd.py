@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.group import entropy, form, labelled
+from limbeck.core.group import entropy, form
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.reduce import Part, mean
+from limbeck.core.reduce import Part, labelled, mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
 from limbeck.losses.logits.reverse_kl import reverse_kl

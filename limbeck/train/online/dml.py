@@ -10,11 +10,9 @@ from torch import nn
 from limbeck.core.card import method, require
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.reduce import Part, mean
+from limbeck.core.reduce import Part, labelled, mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
-
-UNLABELLED = -100
 
 
 @method(
@@ -61,14 +59,13 @@ class DML:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn for every peer, in order."""
         players = [f"peers.{k}" for k in range(len(nets.peers))]
-        labels, mask = batch["labels"], batch.get("mask")
-        labelled = labels != UNLABELLED if mask is None else mask.bool() & (labels != UNLABELLED)
+        labels, mask, known = batch["labels"], batch.get("mask"), labelled(batch)
         for player in players:
             others = [p for p in players if p != player]
             with torch.no_grad():
                 theirs = [nets.run(p, batch)["logits"] for p in others]
             mine = nets.run(player, batch)["logits"]
-            parts: dict[str, Part] = {"ce": mean(ce(mine, labels), labelled)}
+            parts: dict[str, Part] = {"ce": mean(ce(mine, labels), known)}
             if others and self.weight:
                 kl = torch.stack([kd(mine, t, temperature=self.temperature) for t in theirs]).mean(0)
                 parts["kl"] = self.weight * mean(kl, mask)

@@ -10,11 +10,11 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.consensus import TARGETS, Errors, mixed
 from limbeck.core.errors import BadInput
-from limbeck.core.group import UNLABELLED, form, labelled, members
+from limbeck.core.group import form, members
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.partition import by_client
-from limbeck.core.reduce import Part, mean
+from limbeck.core.reduce import UNLABELLED, Part, labelled, mean
 from limbeck.core.views import another
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd

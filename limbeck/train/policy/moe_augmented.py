@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import completions, divergence, rollout
+from limbeck.core.policy import completions, divergence, own_words
 from limbeck.core.reduce import mean
 from limbeck.core.routing import routed, routers, sampled
 
@@ -88,9 +86,7 @@ class MoEAugmented:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student, on its own texts or on the given ones."""
-        if self.on_policy and float(torch.rand(())) < self.on_policy:
-            writer = partial(sample, nets.student, temperature=self.sampling)
-            batch = rollout(batch, writer, prompt=self.prompt, end=self.end)
+        batch = own_words(nets, batch, self.on_policy, temperature=self.sampling, prompt=self.prompt, end=self.end)
         teachers = self.said(nets, batch)
         student = nets.run("student", batch)["logits"]
         yield "student", mean(self.loss(student, teachers), completions(batch, self.prompt))

@@ -12,7 +12,8 @@ from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.maths import label_logprobs
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import asked, completions, rollout, rows, to_go, warmed_up
+from limbeck.core.partition import rows
+from limbeck.core.policy import asked, completions, rollout, to_go, warmed_up
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.ce import ce
 

@@ -3,16 +3,14 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.policy import completions, divergence, rollout
+from limbeck.core.policy import completions, divergence, own_words
 from limbeck.core.reduce import Part, mean
 from limbeck.core.routing import every, imbalance, routed, routers
 
@@ -87,9 +85,7 @@ class StudentAwareRouter:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn of the routers, then one of the student, on the same texts."""
-        if self.on_policy and float(torch.rand(())) < self.on_policy:
-            writer = partial(sample, nets.student, temperature=self.sampling)
-            batch = rollout(batch, writer, prompt=self.prompt, end=self.end)
+        batch = own_words(nets, batch, self.on_policy, temperature=self.sampling, prompt=self.prompt, end=self.end)
         yield "guide", self.towards(nets, batch)
         with torch.no_grad():
             guide, _ = self.guided(nets, batch)

@@ -13,12 +13,10 @@ from limbeck.core.ema import follow, ramped, sigmoid_rampup
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import kl, pair
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.reduce import mean
+from limbeck.core.reduce import labelled, mean
 from limbeck.core.taps import untap
 from limbeck.core.views import another
 from limbeck.losses.logits.ce import ce
-
-UNLABELLED = -100
 
 
 @method(
@@ -79,15 +77,13 @@ class MeanTeacher:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
-        labels, mask = batch["labels"], batch.get("mask")
-        labelled = labels != UNLABELLED if mask is None else mask.bool() & (labels != UNLABELLED)
         said = nets.run("student", batch | {"inputs": another(batch["inputs"], self.augment)})["logits"]
-        parts = {"ce": mean(ce(said, labels), labelled)}
+        parts = {"ce": mean(ce(said, batch["labels"]), labelled(batch))}
         if self.weight:
             with torch.no_grad():
                 told = nets.run("average", batch | {"inputs": another(batch["inputs"], self.augment)})["logits"]
             height = self.weight * sigmoid_rampup(clock.progress, self.rampup)
-            parts["consistency"] = height * mean(apart(said, told, self.distance), mask)
+            parts["consistency"] = height * mean(apart(said, told, self.distance), batch.get("mask"))
         yield "student", parts
 
     def after(self, nets: Nets, player: str, clock: Clock) -> None:

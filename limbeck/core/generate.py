@@ -47,29 +47,82 @@ def choose(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tens
 # ---------------------------------------------------------------- a growing text
 
 
+class Room:
+    """Keys and values [B, h, T, D] of one layer, in room for `length` tokens that is made once; `read` are in it."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.read = length, 0
+        self.keys, self.values = torch.empty(0), torch.empty(0)
+
+    @torch.no_grad()
+    def take(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of everything read so far, once these [B, h, t, D] are added to it."""
+        end = self.read + keys.shape[2]
+        require(end <= self.length, "length", self.length, f">= {end}, the tokens that are to be read")
+        if not self.read:
+            shape = (*keys.shape[:2], self.length, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[:, :, self.read : end], self.values[:, :, self.read : end] = keys, values
+        self.read = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Memory:
+    """What a network of our own has read of a text: a `Room` a layer. length: tokens, at most."""
+
+    def __init__(self, length: int, layers: int) -> None:
+        self.length, self.rooms = length, [Room(length) for _ in range(layers)]
+
+    @property
+    def read(self) -> int:
+        """Tokens that are in it."""
+        return self.rooms[0].read if self.rooms else 0
+
+    def forget(self, length: int) -> None:
+        """Keep the first `length` tokens alone."""
+        for room in self.rooms:
+            room.read = min(room.read, length)
+
+
 class Reader:
     """Next-token logits of one network on texts that grow.
 
-    A causal transformers model keeps the keys and values of what it has read in its own cache, so that a further token
-    costs one place; any other network reads the text anew. The cache lives as long as the reader.
+    A causal transformers model keeps the keys and values of what it has read in its own cache, and a network with a
+    method `memory(length)` in a `Memory`, so that a further token costs one place; any other network reads the text
+    anew. The cache lives as long as the reader.
+
+    room: tokens that the text will have, if known; a longer one moves to twice the room.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, room: int = 64) -> None:
+        self.module, self.room = module, room
         self.cache: Any = None
         self.seen = 0
         takes = _arguments(module)
         self.caches, self.keeps = "past_key_values" in takes, "logits_to_keep" in takes
+        self.memory = self._remembering(room)
+
+    def _remembering(self, length: int) -> Memory | None:
+        makes = getattr(unwrap(self.module), "memory", None)
+        return makes(length) if inspect.ismethod(makes) else None  # a bank that is called so is no method
 
     def after(self, tokens: Tensor, last: int = 1) -> Tensor:
         """Logits of what follows each of the last places of `tokens` [B, T]: [B, last, V].
 
         Up to where it has been read, the text must be what it was; see `forget`.
         """
-        if not self.caches:
-            logits: Tensor = outputs(self.module, {"inputs": tokens})["logits"]
-            return logits[:, -last:]
+        logits: Tensor
         self.forget(tokens.shape[1] - last)
+        if self.memory is not None:
+            if tokens.shape[1] > self.memory.length:
+                self.memory, self.seen = self._remembering(2 * tokens.shape[1]), 0
+            out = self.module(tokens[:, self.seen :], memory=self.memory)
+            self.seen = tokens.shape[1]
+            logits = out["logits"]
+            return logits[:, -last:]
+        if not self.caches:
+            logits = outputs(self.module, {"inputs": tokens})["logits"]
+            return logits[:, -last:]
         more = {"logits_to_keep": last} if self.keeps else {}
         out = self.module(input_ids=tokens[:, self.seen :], past_key_values=self.cache, use_cache=True, **more)
         self.cache, self.seen = out.past_key_values, tokens.shape[1]
@@ -79,6 +132,10 @@ class Reader:
     def forget(self, length: int) -> None:
         """Keep what was read of the first `length` tokens alone; the rest may change."""
         if length >= self.seen:
+            return
+        if self.memory is not None:
+            self.memory.forget(length)
+            self.seen = length
             return
         layers = getattr(self.cache, "layers", ())
         if length and layers and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
@@ -122,6 +179,7 @@ def write(
     mix: Sequence[tuple[nn.Module, float]] = (),
     lengths: Tensor | None = None,
     end: int | None = None,
+    words: int | None = None,
 ) -> Written:
     """Continue `prompts` [B, P] by `length` tokens drawn from the network.
 
@@ -132,18 +190,19 @@ def write(
     top_p: in (0, 1], see `chances`. mix: further networks with their shares >= 0, sum <= 1: each token is drawn from
     the mean of the distributions, in which `module` has the share that is left. lengths: [B] tokens of each row that
     are its prompt, in [1, P]; all P when None. end: token that ends a text; what follows it in a row is filled with it.
+    words: ids from it on are no words and never drawn, as those that fill up a head; None for none.
     """
     starts, tokens = begun(prompts, length, lengths)
     total = sum(share for _, share in mix)
     require(all(s >= 0 for _, s in mix) and total <= 1, "mix", [s for _, s in mix], "shares >= 0 with a sum <= 1")
     require(not mix or temperature > 0, "temperature", temperature, "> 0 where networks are mixed")
     voices = [(module, 1.0 - total), *mix]
-    readers = [(Reader(net), share) for net, share in voices if share > 0]
+    readers = [(Reader(net, tokens.shape[1]), share) for net, share in voices if share > 0]
     logprobs = torch.zeros(tokens.shape, device=tokens.device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with evaluating(*(net for net, _ in voices)):
         for t in range(int(starts.min()), tokens.shape[1]):
-            said = [share * chances(r.after(tokens[:, :t])[:, -1], temperature, top_p) for r, share in readers]
+            said = [share * chances(r.after(tokens[:, :t])[:, -1, :words], temperature, top_p) for r, share in readers]
             p = torch.stack(said).sum(0) if len(said) > 1 else said[0]
             drawn = draw(p) if temperature > 0 else p.argmax(-1)
             free = (t >= starts) & ~ended
@@ -168,9 +227,12 @@ def sample(
     mix: Sequence[tuple[nn.Module, float]] = (),
     lengths: Tensor | None = None,
     end: int | None = None,
+    words: int | None = None,
 ) -> Tensor:
     """The tokens of `write`: [B, P] -> [B, P + length]."""
-    return write(module, prompts, length, temperature, top_p=top_p, mix=mix, lengths=lengths, end=end).tokens
+    return write(
+        module, prompts, length, temperature, top_p=top_p, mix=mix, lengths=lengths, end=end, words=words
+    ).tokens
 
 
 class Checked(NamedTuple):
@@ -211,7 +273,7 @@ def checked(
     require(block >= 1, "block", block, ">= 1")
     starts, tokens = begun(prompts, length, lengths)
     replaced = torch.zeros_like(tokens, dtype=torch.bool)
-    writer, judge, calls = Reader(student), Reader(teacher), 0
+    writer, judge, calls = Reader(student, tokens.shape[1]), Reader(teacher, tokens.shape[1]), 0
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     t = int(starts.min())
     with evaluating(student, teacher):

@@ -12,6 +12,8 @@ from limbeck.core.bank import everyone
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
 from limbeck.core.generate import sample
+from limbeck.core.headloss import Term, divergences
+from limbeck.core.headloss.divergences import Divergence
 from limbeck.core.loop import Stage
 from limbeck.core.maths import js, kl, reverse_kl
 from limbeck.core.nets import Batch, Nets, evaluating
@@ -109,6 +111,12 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float, temp
     if beta == 1:
         return reverse_kl(student_logits, teacher_logits, temperature)
     return js(student_logits, teacher_logits, beta, temperature)
+
+
+def divergence_of_heads(beta: float, temperature: float = 1.0, weight: float = 1.0) -> Term:
+    """The same from hidden states."""
+    ends: dict[float, Divergence] = {0: divergences.forward_kl, 1: divergences.reverse_kl}
+    return Term(ends.get(beta, partial(divergences.js, beta=beta)), temperature, weight)
 
 
 # ---------------------------------------------------------------- advantages

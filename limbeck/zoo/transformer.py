@@ -1,7 +1,7 @@
 """Small transformers: a language model and classifiers of pictures and texts that share one block."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from limbeck.core.card import require
 from limbeck.core.errors import BadInput
+from limbeck.core.generate import Memory, Room
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary positions: pairs of features of x [B, h, T, D] turned by an angle that grows with the place."""
+def rotate(x: Tensor, start: int = 0) -> Tensor:
+    """Rotary positions: pairs of features of x [B, h, T, D] turned by an angle that grows with the place, the first of
+    which is `start`."""
     t, half = x.shape[-2], x.shape[-1] // 2
     speed = torch.exp(torch.arange(half, device=x.device, dtype=torch.float32) * (-math.log(10000.0) / half))
-    angle = torch.arange(t, device=x.device, dtype=torch.float32)[:, None] * speed
+    angle = torch.arange(start, start + t, device=x.device, dtype=torch.float32)[:, None] * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -34,13 +36,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, room: Room | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, width = x.shape
         flat = self.qkv(x)
         q, k, v = flat.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            start = 0 if room is None else room.read
+            q, k = rotate(q, start), rotate(k, start)
         told: dict[str, Tensor] = {}
+        if room is not None:
+            mixed = _looking_back(q, *room.take(k, v))
+            return self.out(mixed.transpose(1, 2).reshape(b, t, width)), told
         allowed = None if real is None else real[:, None, None]
         if self.maps:
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -59,6 +67,15 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(b, t, width)), told
 
 
+def _looking_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last t of T places: q [B, h, t, D], k and v [B, h, T, D] -> [B, h, t, D]."""
+    t, whole = q.shape[2], k.shape[2]
+    if t == whole:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    earlier = torch.ones(t, whole, dtype=torch.bool, device=q.device).tril(whole - t) if t > 1 else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=earlier)
+
+
 # Attention [B, h, T, T] after and before the softmax; queries, keys and values [B, T, D], heads side by side.
 TOLD = ("attn", "attn_scores", "queries", "keys", "values")
 
@@ -74,19 +91,22 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        mixed, told = self.attention(self.norm1(x), real)
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, room: Room | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mixed, told = self.attention(self.norm1(x), real, room)
         x = x + mixed
         return x + self.down(F.gelu(self.up(self.norm2(x)))), told
 
 
 def _through(
-    blocks: Iterable[nn.Module], x: Tensor, real: Tensor | None = None
+    blocks: Iterable[nn.Module], x: Tensor, real: Tensor | None = None, rooms: Sequence[Room] = ()
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """The last block's output, and by name what every block showed: feats, and `TOLD` when maps are on."""
+    """The last block's output, and by name what every block showed: feats, and `TOLD` when maps are on. rooms: of each
+    block, when the text goes on."""
     seen: dict[str, list[Tensor]] = {"feats": []}
-    for block in blocks:
-        x, told = block(x, real)
+    for i, block in enumerate(blocks):
+        x, told = block(x, real, rooms[i]) if rooms else block(x, real)
         seen["feats"].append(x)
         for name, value in told.items():
             seen.setdefault(name, []).append(value)
@@ -132,11 +152,20 @@ class LanguageModel(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, inputs: Tensor, *, logits: bool = True) -> dict[str, Any]:
+    def memory(self, length: int) -> Memory | None:
+        """Room for texts of up to that many tokens, so that they can be read on; None for a network that cannot."""
+        can = self.causal and all(isinstance(block, Block) for block in self.blocks)
+        return Memory(length, len(self.blocks)) if can else None
+
+    def forward(self, inputs: Tensor, *, logits: bool = True, memory: Memory | None = None) -> dict[str, Any]:
+        """memory: what came before the inputs, which are added to it; no gradient flows to what is in it, and what is
+        returned is of the inputs alone, without `TOLD`."""
         x = self.embed(inputs)
+        first = 0 if memory is None else memory.read
         if self.places is not None:
-            x = x + self.places(torch.arange(inputs.shape[1], device=inputs.device))
-        tokens, (x, seen) = x, _through(self.blocks, x, None if self.causal else real_tokens(inputs))
+            x = x + self.places(torch.arange(first, first + inputs.shape[1], device=inputs.device))
+        rooms = () if memory is None else memory.rooms
+        tokens, (x, seen) = x, _through(self.blocks, x, None if self.causal else real_tokens(inputs), rooms)
         hidden = self.norm(x)
         told = {"logits": self.head(hidden)} if logits else {}
         told |= {"hidden": hidden, "head": self.head.weight, "embedding": self.embed.weight}

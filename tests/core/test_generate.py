@@ -1,10 +1,14 @@
 """Sampling from language models: what is given stays, what is drawn follows the network, and nothing is trained."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from limbeck.core.generate import Reader, chances, checked, choose, sample, write
+from limbeck.zoo.experts import tiny_moe_lm
+from limbeck.zoo.transformer import tiny_lm
 
 
 class Chain(nn.Module):
@@ -210,3 +214,73 @@ def test_a_reader_forgets_what_changes():
         assert reader.seen == 2
         assert torch.allclose(reader.after(second, 3), model(input_ids=second).logits[:, -3:], atol=1e-5)
         assert torch.allclose(reader.after(second, 2), model(input_ids=second).logits[:, -2:], atol=1e-5)
+
+
+# ---------------------------------------------------------------- the memory of the library's own networks
+
+
+def tiny(seed: int, **more: Any) -> Any:
+    torch.manual_seed(seed)
+    model = tiny_lm(vocab=20, **{"width": 16, "layers": 2, "heads": 2, **more})
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+class Forgetful(Anew):
+    """The same network, which reads the whole text for each token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.model(tokens)["logits"]
+        return found
+
+
+@pytest.mark.parametrize("length", [None, 32])
+def test_with_and_without_a_memory_the_tokens_are_the_same(length: int | None):
+    model, other = tiny(1, length=length), tiny(2, length=length)
+    read: list[int] = []
+    model.embed.register_forward_hook(lambda _m, given, _o: read.append(given[0].shape[1]))
+    prompts, lengths = torch.arange(15).view(3, 5), torch.tensor([5, 2, 3])
+    found = sample(model, prompts, 12, 0.0, lengths=lengths)
+    assert read == [2, *[1] * 14]  # the shortest prompt at once, then a token a step
+    assert torch.equal(found, sample(Forgetful(model), prompts, 12, 0.0, lengths=lengths))
+    for drawn in ({"top_p": 0.8}, {"mix": True}):
+        ends = []
+        for wrap in (lambda m: m, Forgetful):
+            torch.manual_seed(5)
+            given = {"mix": [(wrap(other), 0.3)]} if "mix" in drawn else drawn
+            ends.append(write(wrap(model), prompts, 12, lengths=lengths, **given))
+        assert torch.equal(ends[0].tokens, ends[1].tokens)
+        assert torch.allclose(ends[0].logprobs, ends[1].logprobs, atol=1e-5)
+    torch.manual_seed(6)
+    one = checked(model, other, prompts, 12, top_k=3, block=4, lengths=lengths)
+    torch.manual_seed(6)
+    again = checked(Forgetful(model), Forgetful(other), prompts, 12, top_k=3, block=4, lengths=lengths)
+    assert torch.equal(one.tokens, again.tokens) and one.replaced.any() and one.calls < 15 * 2
+
+
+def test_a_memory_grows_forgets_and_holds_no_more_than_its_room():
+    model = tiny(1).eval()
+    first, second = torch.arange(12)[None], torch.cat([torch.arange(4), torch.arange(12, 20)])[None]
+    reader = Reader(model, room=5)
+    with torch.no_grad():
+        for length in (3, 4, 9, 12):
+            found = reader.after(first[:, :length], 2)
+            assert torch.allclose(found, model(first[:, :length])["logits"][:, -2:], atol=1e-5)
+        reader.forget(4)
+        assert reader.seen == 4
+        assert torch.allclose(reader.after(second, 8), model(second)["logits"][:, -8:], atol=1e-5)
+        memory = model.memory(4)
+        model(first[:, :3], memory=memory)
+        assert memory.read == 3
+        with pytest.raises(ValueError, match="`length` must be >= 6"):
+            model(first[:, 3:6], memory=memory)
+
+
+def test_networks_that_cannot_read_on_read_anew():
+    assert tiny(1, causal=False).memory(8) is None
+    experts = tiny_moe_lm(vocab=20, width=16, layers=1, heads=2, experts=2, top=1)
+    assert experts.memory(8) is None and sample(experts, torch.zeros(2, 1).long(), 3).shape == (2, 4)
+    bank = Chain(torch.eye(3))
+    bank.memory = nn.Linear(1, 1)  # no method, only called so
+    assert sample(bank, torch.zeros(2, 1).long(), 3).shape == (2, 4)

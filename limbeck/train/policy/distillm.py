@@ -10,11 +10,13 @@ from torch import Tensor
 from limbeck.core.bank import everyone
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
+from limbeck.core.headloss import Term, divergences
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import skew_kl
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import Numbers, Replay, asked, completions, rollout
+from limbeck.core.policy import Numbers, Replay, completions, rollout
 from limbeck.core.reduce import mean
+from limbeck.core.voices import Voice, compared, hear, overhear, spare
 
 
 @method(
@@ -77,20 +79,29 @@ class DistiLLM:
             value = value + (1 - self.forward) * skew_kl(teacher_logits, student_logits, self.alpha)
         return value
 
+    def values(self, student: Voice, teacher: Voice, mask: Tensor, words: Tensor | None = None) -> Tensor:
+        """The same, where logits may be spared: [B, T]."""
+        both = {divergences.skew_kl: self.forward, divergences.skew_reverse_kl: 1 - self.forward}
+        terms = [Term(partial(kind, alpha=self.alpha), weight=share) for kind, share in both.items() if share]
+        return compared(student, teacher, self.divergence, terms, mask, words)
+
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Make the buffer and put the held-out texts aside."""
+        """Make the buffer, put the held-out texts aside, and see whose logits can be spared."""
+        spare(nets, probe, "student", "teacher")
         require(self.capacity >= len(probe["inputs"]), "capacity", self.capacity, "at least the size of a batch")
         nets.replay = Replay(self.capacity, probe)
         kept = {k: everyone(probe[k])[: self.held] for k in ("inputs", "labels", "index") if k in probe}
         mask = everyone(completions(probe, self.prompt))[: self.held]
-        nets.validation = Numbers(phi=self.share, before=float("inf"), mask=mask, **kept)
+        words = {"words": probe["words"]} if "words" in probe else {}
+        nets.validation = Numbers(phi=self.share, before=float("inf"), mask=mask, **kept, **words)
 
     def validate(self, nets: Nets) -> None:
         """Look at the held-out texts, and let phi grow when they have become harder."""
         v = nets.validation
         texts = {"inputs": v.inputs, "labels": v.labels, "mask": v.mask}
-        student, teacher = (asked(nets, player, texts) for player in ("student", "teacher"))
-        loss = mean(self.divergence(student, teacher), v.mask).value
+        teacher, student = (overhear(nets, player, texts) for player in ("teacher", "student"))
+        with torch.no_grad():
+            loss = mean(self.values(student, teacher, v.mask, dict(v.named_buffers()).get("words")), v.mask).value
         if bool(v.before.isinf()):
             v.before.copy_(loss)
         elif bool(loss >= v.before + self.margin):
@@ -117,9 +128,11 @@ class DistiLLM:
         mask = completions(batch, self.prompt)
         if "index" in batch and "index" in dict(nets.validation.named_buffers()):
             mask = mask & ~torch.isin(batch["index"], nets.validation.index)[:, None]
+        words = batch.get("words")
         batch = self.texts(nets, {**batch, "mask": mask}, clock.progress)
-        student, teacher = nets.run("student", batch)["logits"], nets.run("teacher", batch)["logits"]
-        yield "student", mean(self.divergence(student, teacher), completions(batch, self.prompt))
+        mask = completions(batch, self.prompt)
+        teacher, student = hear(nets, "teacher", batch), hear(nets, "student", batch)
+        yield "student", mean(self.values(student, teacher, mask, words), mask)
 
     def after(self, nets: Nets, player: str, clock: Clock) -> None:
         """Validate now and then."""

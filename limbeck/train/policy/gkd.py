@@ -9,10 +9,12 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
+from limbeck.core.headloss import Term
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import completions, divergence, rollout, starts
+from limbeck.core.policy import completions, divergence, divergence_of_heads, rollout, starts
 from limbeck.core.reduce import mean
+from limbeck.core.voices import compared, hear, spare
 
 
 @method(
@@ -62,6 +64,14 @@ class GKD:
         """D for each token: [..., V] x 2 -> [...]."""
         return divergence(student_logits, teacher_logits, self.beta, self.temperature)
 
+    def terms(self) -> list[Term]:
+        """D from hidden states."""
+        return [divergence_of_heads(self.beta, self.temperature)]
+
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        """See whose logits can be spared."""
+        spare(nets, probe, "student", "teacher")
+
     def starts(self, batch: Batch) -> Tensor:
         """How many tokens of each text are its prompt: [B]."""
         return starts(batch, self.prompt)
@@ -77,5 +87,8 @@ class GKD:
         if float(torch.rand(())) < self.on_policy:
             batch = self.rollout(nets, batch)
         mask = completions(batch, self.prompt)
-        student, teacher = nets.run("student", batch)["logits"], nets.run("teacher", batch)["logits"]
-        yield "student", mean(self.divergence(student, teacher), mask)
+        teacher, student = hear(nets, "teacher", batch), hear(nets, "student", batch)
+        yield (
+            "student",
+            mean(compared(student, teacher, self.divergence, self.terms(), mask, batch.get("words")), mask),
+        )

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
+from limbeck.core.headloss import Head, Sparse, Term, divergences, head_loss
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import log_probs
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.policy import SHARES, completions, either, rollout, share
 from limbeck.core.reduce import mean
+from limbeck.core.voices import Voice, compared, hear, likeliest, shared_words, spare
 
 
 @method(
@@ -62,6 +64,21 @@ class ImitKD:
         best = teacher_logits.detach().topk(self.candidates, -1)
         return -(log_probs(best.values).exp() * log_q.gather(-1, best.indices)).sum(-1)
 
+    def values(self, student: Voice, teacher: Voice, mask: Tensor, words: Tensor | None = None) -> Tensor:
+        """The same, where logits may be spared: [B, T]."""
+        term = Term(divergences.cross_entropy)
+        if not self.candidates or not isinstance(student, Head):
+            return compared(student, teacher, self.loss, [term], mask, words)
+        shared = shared_words(student, teacher, words)
+        best = likeliest(teacher, self.candidates, mask, shared)
+        oracle = Sparse(best.ids, log_probs(best.logits), "none")
+        (found,) = head_loss(student, oracle, [term], mask=mask, words=shared)
+        return found
+
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        """See whose logits can be spared."""
+        spare(nets, probe, "student", "teacher")
+
     def mixed(self, nets: Nets, batch: Batch, progress: float) -> Batch:
         """The batch with the completions of some texts written by the student."""
         data = torch.rand(len(batch["inputs"]), device=batch["inputs"].device) < share(self.schedule, progress)
@@ -73,5 +90,6 @@ class ImitKD:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
         batch = self.mixed(nets, batch, clock.progress)
-        student, teacher = nets.run("student", batch)["logits"], nets.run("teacher", batch)["logits"]
-        yield "student", mean(self.loss(student, teacher), completions(batch, self.prompt))
+        mask = completions(batch, self.prompt)
+        teacher, student = hear(nets, "teacher", batch), hear(nets, "student", batch)
+        yield "student", mean(self.values(student, teacher, mask, batch.get("words")), mask)

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
+from limbeck.core.headloss import Term, divergences
+from limbeck.core.headloss import ce as ce_of_head
 from limbeck.core.loop import Clock, Stage, Turn
-from limbeck.core.maths import label_logprobs, log_probs, reverse_kl
+from limbeck.core.maths import log_probs, reverse_kl
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import asked, completions, remaining, rollout, to_go, warmed_up, whiten
+from limbeck.core.policy import completions, remaining, rollout, to_go, warmed_up, whiten
 from limbeck.core.reduce import Part, mean
+from limbeck.core.voices import compared, hear, logprobs, overhear, spare, supervised
 from limbeck.losses.logits.ce import ce
 
 
@@ -97,6 +100,10 @@ class MiniLLM:
         soft = -(log_probs(teacher_logits).exp() * log_probs(student_logits)).sum(-1)
         return (1 - self.soft) * ce(student_logits, labels) + self.soft * soft
 
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        """See whose logits can be spared."""
+        spare(nets, probe, "student", "teacher")
+
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """The student learns to write before its writing is judged."""
         return warmed_up(self.supervised, steps)
@@ -104,24 +111,36 @@ class MiniLLM:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """Write once, then `epochs` turns of the student."""
         if self.supervised and clock.stage == 0:
-            yield "student", mean(ce(nets.run("student", batch)["logits"], batch["labels"]), batch.get("mask"))
+            yield "student", supervised(nets, batch)
             return
         mix = [(nets.teacher, self.mix)] if self.mix else []
-        writer = partial(sample, nets.student, temperature=self.temperature, top_p=self.top_p, mix=mix)
+        words = batch.get("words")
+        writer = partial(
+            sample,
+            nets.student,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            mix=mix,
+            words=None if words is None else int(words),
+        )
         new = rollout(batch, writer, prompt=self.prompt, end=self.end)
         mask, labels, t = completions(new, self.prompt), new["labels"], self.temperature
-        teacher = nets.run("teacher", new)["logits"]
-        log_q, log_p = label_logprobs(asked(nets, "student", new), labels, t), label_logprobs(teacher, labels, t)
+        teacher = hear(nets, "teacher", new)
+        log_q, log_p = logprobs(overhear(nets, "student", new), labels, mask, t), logprobs(teacher, labels, mask, t)
         weights, advantages = self.weights(log_q, log_p), self.advantages(self.rewards(log_q, log_p), mask)
-        expert = nets.run("teacher", batch)["logits"] if self.plain else None
+        expert = hear(nets, "teacher", batch) if self.plain else None
+        given = batch["mask"].bool() if "mask" in batch else torch.ones_like(batch["labels"], dtype=torch.bool)
+        one_step = [Term(divergences.reverse_kl, t)]
+        plain = [ce_of_head(1 - self.soft), Term(divergences.cross_entropy, weight=self.soft)]
         for _ in range(self.epochs):
-            student = nets.run("student", new)["logits"]
-            parts: dict[str, Part] = {
-                "policy": mean(self.policy(label_logprobs(student, labels, t), log_q, weights, advantages), mask)
-            }
+            student = hear(nets, "student", new)
+            now = logprobs(student, labels, mask, t)
+            parts: dict[str, Part] = {"policy": mean(self.policy(now, log_q, weights, advantages), mask)}
             if self.single:
-                parts["single"] = self.single * mean(reverse_kl(student, teacher, t), mask)
+                single = compared(student, teacher, partial(reverse_kl, temperature=t), one_step, mask, words)
+                parts["single"] = self.single * mean(single, mask)
             if expert is not None:
-                own = self.plainly(nets.run("student", batch)["logits"], expert, batch["labels"])
-                parts["plain"] = self.plain * mean(own, batch.get("mask"))
+                plainly = partial(self.plainly, labels=batch["labels"])
+                own = compared(hear(nets, "student", batch), expert, plainly, plain, given, words, batch["labels"])
+                parts["plain"] = self.plain * mean(own, given)
             yield "student", parts

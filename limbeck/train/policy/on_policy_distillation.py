@@ -10,12 +10,11 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Stage, Turn
-from limbeck.core.maths import label_logprobs
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.partition import rows
-from limbeck.core.policy import asked, completions, rollout, to_go, warmed_up
+from limbeck.core.policy import completions, rollout, to_go, warmed_up
 from limbeck.core.reduce import mean
-from limbeck.losses.logits.ce import ce
+from limbeck.core.voices import hear, logprobs, overhear, spare, supervised
 
 
 @method(
@@ -70,6 +69,10 @@ class OnPolicyDistillation:
         """-ratio A of each written token: [B, T]. now: log q_now, which the gradient flows to."""
         return -(now - log_q).exp() * advantages
 
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        """See whose logits can be spared."""
+        spare(nets, probe, "student", "teacher")
+
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """The student learns to write before its writing is judged."""
         return warmed_up(self.supervised, steps)
@@ -77,14 +80,14 @@ class OnPolicyDistillation:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """Write once, then `updates` turns of the student."""
         if self.supervised and clock.stage == 0:
-            yield "student", mean(ce(nets.run("student", batch)["logits"], batch["labels"]), batch.get("mask"))
+            yield "student", supervised(nets, batch)
             return
         index = torch.arange(len(batch["inputs"]), device=batch["inputs"].device).repeat_interleave(self.samples)
         writer = partial(sample, nets.student, temperature=self.sampling)
         new = rollout(rows(batch, index), writer, prompt=self.prompt, end=self.end)
         mask, labels = completions(new, self.prompt), new["labels"]
-        log_q = label_logprobs(asked(nets, "student", new), labels, self.sampling)
-        advantages = self.advantages(log_q, label_logprobs(nets.run("teacher", new)["logits"], labels), mask)
+        log_q = logprobs(overhear(nets, "student", new), labels, mask, self.sampling)
+        advantages = self.advantages(log_q, logprobs(hear(nets, "teacher", new), labels, mask), mask)
         for _ in range(self.updates):
-            now = label_logprobs(nets.run("student", new)["logits"], labels, self.sampling)
+            now = logprobs(hear(nets, "student", new), labels, mask, self.sampling, weights=advantages)
             yield "student", mean(self.loss(now, log_q, advantages), mask)

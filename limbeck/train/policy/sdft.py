@@ -12,9 +12,10 @@ from limbeck.core.card import method, require
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import completions, divergence, rollout, text
+from limbeck.core.policy import completions, divergence, divergence_of_heads, rollout, text
 from limbeck.core.reduce import mean
 from limbeck.core.state import ema_update
+from limbeck.core.voices import compared, hear, last, spare
 
 
 @method(
@@ -61,10 +62,11 @@ class SDFT:
         require(self.prompt >= 1, "prompt", self.prompt, ">= 1")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Begin the average when there is no teacher."""
+        """Begin the average when there is no teacher, and see whose logits can be spared."""
         if "teacher" not in nets:
             nets.wiser = copy.deepcopy(nets.student)
             nets.freeze("wiser")
+        spare(nets, probe, "student", "teacher" if "teacher" in nets else "wiser")
 
     def shown(self, batch: Batch, new: Batch) -> Batch:
         """The new texts with the demonstration before each: inputs [B, T + 1 + len(between) + T]."""
@@ -86,10 +88,11 @@ class SDFT:
         """One turn of the student."""
         writer = partial(sample, nets.student, temperature=self.sampling)
         new = rollout(batch, writer, prompt=self.prompt, end=self.end)
-        teacher = "teacher" if "teacher" in nets else "wiser"
-        wise = nets.run(teacher, self.shown(batch, new))["logits"][:, -new["inputs"].shape[1] :]
-        student = nets.run("student", new)["logits"]
-        yield "student", mean(divergence(student, wise, self.beta), self.counted(new))
+        teacher, mask = "teacher" if "teacher" in nets else "wiser", self.counted(new)
+        wise = last(hear(nets, teacher, self.shown(batch, new)), new["inputs"].shape[1])
+        student, terms = hear(nets, "student", new), [divergence_of_heads(self.beta)]
+        values = compared(student, wise, partial(divergence, beta=self.beta), terms, mask, batch.get("words"))
+        yield "student", mean(values, mask)
 
     def after(self, nets: Nets, player: str, clock: Clock) -> None:
         """Move the average."""

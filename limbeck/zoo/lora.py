@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from limbeck.core.errors import BadInput, MissingExtra, nearest
+from limbeck.zoo.quantized import Quantized, widened
 
 __all__ = ["adapted", "merged"]
 
@@ -27,7 +28,7 @@ def adapted(module: nn.Module, options: Mapping[str, Any]) -> nn.Module:
         raise MissingExtra("peft", "text") from None
     for key in options:
         if key not in OPTIONS:
-            raise BadInput(f"`lora` has no {key!r}{nearest(key, OPTIONS)}")
+            raise BadInput(f"`lora` has no {key!r}{nearest(key, OPTIONS) or '; it has ' + ', '.join(OPTIONS)}")
     r = int(options.get("r", 8))
     config = LoraConfig(
         r=r,
@@ -43,9 +44,11 @@ def adapted(module: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 
 
 def merged(module: nn.Module) -> nn.Module:
-    """The plain model that does what the adapted one does; a copy. Any other network is given back as it is."""
-    if not hasattr(module, "merge_and_unload"):
+    """The plain model that does what one does that is adapted, quantised or both; a copy. Any other network is given
+    back as it is."""
+    adapters = hasattr(module, "merge_and_unload")
+    if not adapters and not any(isinstance(layer, Quantized) for layer in module.modules()):
         return module
-    model: Any = copy.deepcopy(module)
-    plain: nn.Module = model.merge_and_unload()
+    model: Any = widened(copy.deepcopy(module))
+    plain: nn.Module = model.merge_and_unload() if adapters else model
     return plain

@@ -8,11 +8,16 @@ of processor time. Peaks are what torch allocated at once, with and without the 
 
 A CPU without units for bf16 takes minutes for the products of the ways that multiply in bf16: there, these shapes have
 `--bf16-tokens` tokens (0: all).
+
+Where there is a CUDA device, it is measured too, in bf16 at 8192 tokens, hidden size 4096 and 128256 words: ours with
+and without the Triton kernel, the naive loss and Liger's where it is at hand, against the four bare products; device
+time by events, peaks by torch's allocator. `--only cuda` does this alone, and needs no peers. Nobody has run it yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -37,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(512, 576, 49152), (256, 640, 262144)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAIVE = "logits"
+GPU = (8192, 4096, 128256)
+LIGER_PUBLISHED = {"milliseconds": 60.7, "peak_bytes": 11.1e9}  # on an H100, for the shape of GPU
 EXACT_ERROR, FAST_ERROR = {"hidden": 0.003, "head": 0.003}, {"hidden": 0.03, "head": 0.06}
 
 
@@ -54,11 +61,11 @@ class Setting:
         return {"hidden": self.hidden, "head": self.head}
 
 
-def setting(tokens: int, width: int, words: int, dtype: torch.dtype) -> Setting:
-    g = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(tokens, width, generator=g), torch.randn(words, width, generator=g)
+def setting(tokens: int, width: int, words: int, dtype: torch.dtype, device: str = "cpu") -> Setting:
+    g = torch.Generator(device).manual_seed(0)
+    hidden, head, noise = (torch.randn(n, width, generator=g, device=device) for n in (tokens, words, tokens))
     head *= 2 / width**0.5  # logits of deviation 2
-    near = hidden + 0.05 * torch.randn(tokens, width, generator=g)
+    near = hidden + 0.05 * noise
     return Setting(
         near.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), hidden.to(dtype), head.to(dtype).clone()
     )
@@ -71,16 +78,30 @@ def logits(s: Setting) -> Tensor:
     return F.kl_div(student, teacher, reduction="sum", log_target=True) / len(s.hidden)
 
 
-def limbeck(s: Setting, *, fast: bool = False, recompute: bool = False) -> Tensor:
+def limbeck(s: Setting, *, fast: bool = False, recompute: bool = False, fused: bool | None = None) -> Tensor:
     student, teacher = Head(s.hidden, s.head), Head(s.teacher_hidden, s.teacher_head)
-    (values,) = head_loss(student, teacher, [Term(forward_kl)], fast=fast, recompute=recompute)
+    (values,) = head_loss(student, teacher, [Term(forward_kl)], fast=fast, recompute=recompute, fused=fused)
     return values.mean()
+
+
+def liger() -> Callable[[Setting], Tensor]:
+    """Liger's chunked loss, if it can be imported."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    def way(s: Setting) -> Tensor:
+        labels = torch.zeros(len(s.hidden), dtype=torch.long, device=s.hidden.device)
+        loss: Tensor = LigerFusedLinearJSDFunction.apply(
+            s.hidden, s.head, s.teacher_hidden, s.teacher_head, labels, None, None, 0.0, 1.0, 0.0, -100, 1.0, False
+        )
+        return loss
+
+    return way
 
 
 def ways() -> dict[str, Callable[[Setting], Tensor]]:
     """The naive loss, ours, and the peers'."""
     try:
-        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+        of_liger = liger()
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     except ImportError as error:
         raise SystemExit(f"{error}; say where the peers are: --peers FOLDER, see --help") from error
@@ -91,20 +112,13 @@ def ways() -> dict[str, Callable[[Setting], Tensor]]:
         )[0]
         return values.mean()
 
-    def liger(s: Setting) -> Tensor:
-        labels = torch.zeros(len(s.hidden), dtype=torch.long)
-        loss: Tensor = LigerFusedLinearJSDFunction.apply(
-            s.hidden, s.head, s.teacher_hidden, s.teacher_head, labels, None, None, 0.0, 1.0, 0.0, -100, 1.0, False
-        )
-        return loss
-
     return {
         NAIVE: logits,
         "exact": limbeck,
         "fast": lambda s: limbeck(s, fast=True),
         "recompute": lambda s: limbeck(s, recompute=True),
         "trl": trl,
-        "liger": liger,
+        "liger": of_liger,
     }
 
 
@@ -182,6 +196,101 @@ def _far(grad: Tensor | None, exact: Tensor) -> float:
     return (apart / norm) ** 0.5
 
 
+def products(s: Setting, rows: int = 4096) -> Tensor:
+    """What no way can do without: logits of both, and the gradients to hidden states and head, a block at a time."""
+    with torch.no_grad():
+        to_hidden, to_head = torch.empty_like(s.hidden), torch.zeros_like(s.head)
+        z = s.hidden.new_empty(rows, len(s.head))
+        for low in range(0, len(s.hidden), rows):
+            part = slice(low, low + rows)
+            torch.mm(s.teacher_hidden[part], s.teacher_head.T, out=z[: len(s.hidden[part])])
+            out = torch.mm(s.hidden[part], s.head.T, out=z[: len(s.hidden[part])])
+            torch.mm(out, s.head, out=to_hidden[part])
+            to_head.addmm_(out.T, s.hidden[part])
+    s.hidden.grad, s.head.grad = to_hidden, to_head
+    return to_hidden.new_zeros((), requires_grad=True)
+
+
+def cuda_ways() -> dict[str, Callable[[Setting], Tensor]]:
+    """The products first: ratios are to them."""
+    found: dict[str, Callable[[Setting], Tensor]] = {
+        "products": products,
+        "fast": lambda s: limbeck(s, fast=True),
+        "fast, torch": lambda s: limbeck(s, fast=True, fused=False),
+        "exact": limbeck,
+        "exact, torch": lambda s: limbeck(s, fused=False),
+        NAIVE: logits,
+    }
+    with contextlib.suppress(ImportError):
+        found["liger"] = liger()
+    return found
+
+
+def on_cuda(rounds: int, shape: tuple[int, int, int] = GPU) -> dict[str, Any]:
+    """Milliseconds, peak bytes beyond the inputs, and errors against fp64; the reason where a way does not run."""
+    s = setting(*shape, torch.bfloat16, "cuda")
+    value, grads = truth(s, 512)
+    grads = {k: g.cpu() for k, g in grads.items()}  # room for the naive loss
+    methods, found = cuda_ways(), dict[str, Any]()
+    for name, way in list(methods.items()):
+        for leaf in s.leaves.values():
+            leaf.grad = None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            step(way, s)  # warms up
+            loss = step(way, s)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            found[name] = {"failed": str(error).splitlines()[0]}
+            del methods[name]
+            continue
+        found[name] = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+        if name != "products":
+            found[name]["value_error"] = abs(loss - value) / value
+            found[name]["gradient_error"] = {
+                k: _far(None if leaf.grad is None else leaf.grad.cpu(), grads[k]) for k, leaf in s.leaves.items()
+            }
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, way in methods.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            step(way, s)
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    bare = statistics.median(times["products"])
+    for name, own in times.items():
+        middle = statistics.median(own)
+        found[name] |= {"milliseconds": own, "median_milliseconds": middle, "ratio_to_products": middle / bare}
+    return {
+        "shape": shape,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "liger_published": LIGER_PUBLISHED,
+        "ways": found,
+    }
+
+
+def show_cuda(told: dict[str, Any]) -> None:
+    print(
+        f"{told['device']}, {told['shape']} bf16\n{'way':<14}{'ms':>9}{'products':>10}{'peak GB':>9}{'value':>10}",
+        end="",
+    )
+    print(f"{'hidden':>9}{'head':>9}")
+    for name, f in told["ways"].items():
+        if "failed" in f:
+            print(f"{name:<14}{f['failed']}")
+            continue
+        error = f.get("gradient_error", {"hidden": 0.0, "head": 0.0})
+        print(
+            f"{name:<14}{f['median_milliseconds']:>9.1f}{f['ratio_to_products']:>9.2f}x{f['peak_bytes'] / 1e9:>9.2f}"
+            f"{f.get('value_error', 0.0):>10.1e}{error['hidden']:>9.1e}{error['head']:>9.1e}"
+        )
+
+
 def judge(found: dict[str, Any], dtype: str) -> list[str]:
     """What misses its bar."""
     ways, missed = found["ways"], []
@@ -209,11 +318,19 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, action="append", default=[], help="folder with trl and liger_kernel")
     parser.add_argument("--rounds", type=int, default=5, help="passes of each way that count")
     parser.add_argument("--bf16-tokens", type=int, default=16, help="where the CPU has no units for bf16; 0 for all")
-    parser.add_argument("--only", nargs="*", default=[], help="cases such as 49152-fp32; writes nothing")
+    parser.add_argument("--only", nargs="*", default=[], help="cases such as 49152-fp32; writes nothing but for cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "headloss.json")
     args = parser.parse_args()
     sys.path[:0] = [str(folder) for folder in args.peers]
     torch.set_num_threads(1)
+    gpu = on_cuda(args.rounds) if torch.cuda.is_available() and (not args.only or "cuda" in args.only) else None
+    if gpu is not None:
+        show_cuda(gpu)
+        path = args.out.with_name(f"{args.out.stem}_cuda.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(gpu, indent=1) + "\n")
+    if args.only == ["cuda"]:
+        raise SystemExit(None if gpu else "there is no CUDA device that torch sees")
     methods, cases, missed = ways(), {}, []
     units = half_units(torch.empty(0, dtype=torch.bfloat16))
     print(

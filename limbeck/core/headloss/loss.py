@@ -25,6 +25,7 @@ def head_loss(
     fast: bool = False,
     recompute: bool = False,
     tile: int | None = None,
+    fused: bool | None = None,
 ) -> list[Tensor]:
     """The value of each term at each place, 0 where masked: hidden [..., D] -> [...] each, in fp32 (fp64 for fp64).
 
@@ -38,7 +39,9 @@ def head_loss(
     words: how many words, the first of each head, both vocabularies share; needed where the heads' heights differ by
     padding. fast: products of half precision numbers in half precision, where the hardware has units for it; as exact
     as logits in half precision with a softmax in fp32. recompute: form no gradient in the forward pass. tile: rows at a
-    time, None to choose.
+    time, None to choose. fused: one Triton kernel in the place of torch's many, on a GPU, for what `fused.KINDS` and
+    that file's first lines tell; None takes it where it can be had, True asks for it, False goes without, and results
+    are the same to rounding. It is tested in Triton's interpreter, not yet timed on a GPU.
     """
     places = student.hidden.shape[:-1]
     terms = tuple(terms)
@@ -64,6 +67,7 @@ def head_loss(
         words=words or len(mine.weight),
         native=fast and half_units(mine.hidden),
         tile=tile,
+        fused=fused,
     )
     if task.labels is not None and bool(((task.labels < 0) | (task.labels >= task.words)).any()):
         raise ValueError(f"labels must be in [0, {task.words}) wherever the mask counts a place; mask the others out")

@@ -2,7 +2,7 @@
 
 All is done in fp32 (fp64 when anything is fp64). A tile holds a block of rows over the whole vocabulary, so that a
 divergence sees whole distributions and every product is made once: two projections, and two products for the gradients.
-`compare` is all that depends on the divergence; a fused kernel may take its place.
+`compare` is all that depends on the divergence; on a GPU the kernel of `fused` may take its place.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from limbeck.core.headloss import fused
 from limbeck.core.headloss.divergences import Divergence, Pair, Rows
 from limbeck.core.headloss.heads import Head, Logits, Sparse, Teacher, Term
 from limbeck.core.maths import FLOOR
@@ -31,7 +32,8 @@ PIECE = 4096
 class Task:
     """One pass. factors: (x [N, k], w [V, k]) of the student, whose products add up to its logits before bias, scale
     and cap; words: of the vocabulary, the first that both share; native: whether products of half precision numbers
-    are made in half precision; tile: rows of a tile, None to choose."""
+    are made in half precision; tile: rows of a tile, None to choose; fused: whether a kernel compares, None to choose.
+    """
 
     factors: tuple[tuple[Tensor, Tensor], ...]
     bias: Tensor | None
@@ -43,6 +45,7 @@ class Task:
     words: int
     native: bool = False
     tile: int | None = None
+    fused: bool | None = None
 
     @property
     def inputs(self) -> list[Tensor | None]:
@@ -77,6 +80,7 @@ def run(task: Task, weights: Tensor | None, needed: Sequence[bool]) -> Found:
         asked = zip(task.inputs, needed, strict=True)
         found.grads = [_room(t, i, task, size) if t is not None and yes else None for i, (t, yes) in enumerate(asked)]
     logits = torch.empty(min(size, n), task.words, dtype=dtype, device=device)
+    how = fused.plan(task)
     with torch.autocast(device.type, enabled=False):
         for part in _parts(0, n, size):
             z = logits[: part.stop - part.start]
@@ -85,7 +89,10 @@ def run(task: Task, weights: Tensor | None, needed: Sequence[bool]) -> Found:
             for rows, t in _teacher(task, part, dtype):
                 mine = None if weights is None else weights[:, rows]
                 at = slice(rows.start - part.start, rows.stop - part.start)
-                found.values[:, rows] = compare(z[at], t, rows, task, mine)
+                values = None if how is None else fused.compare(how, z[at], t, rows, task, mine)
+                if values is None:
+                    how, values = None, compare(z[at], t, rows, task, mine)
+                found.values[:, rows] = values
             if weights is not None:
                 back(z, factors, part, found.grads, task.native)
     return found

@@ -132,14 +132,12 @@ def answer(question: Question, laws: Laws = CHINCHILLA) -> Answer:
     trained_tokens = tokens_for(q.flops, q.student, None, (False, False), 1)
     trained = float(laws.alone(q.student, trained_tokens))
     teacher = _teacher(q, laws)
-    if teacher is None:
-        return _without_law(q, laws, None, trained, trained_tokens)
-    if laws.distilled is None:
-        return _without_law(q, laws, teacher, trained, trained_tokens)
     tokens = tokens_for(q.flops, q.student, teacher, q.bill, q.students)
     if tokens <= 0:
         reason = "the teacher's training alone costs more than the whole budget"
         return _told(q, laws, teacher, "train", trained, trained_tokens, reasons=[reason])
+    if teacher is None or laws.distilled is None:
+        return _without_law(q, laws, teacher, trained, trained_tokens, tokens if teacher else None)
     taught = float(laws.taught(q.student, tokens, teacher.loss))
     gain = trained - taught
     interval = laws.interval(lambda law: _difference(law, q, teacher, tokens, trained_tokens))
@@ -251,19 +249,30 @@ def _crossing(gain: Callable[[float], float], low: float, high: float) -> float:
     return math.sqrt(low * high)
 
 
-def _without_law(q: Question, laws: Laws, teacher: Teacher | None, trained: float, tokens: float) -> Answer:
-    """What can be said from the supervised law alone: a distilled student is no better than its teacher."""
+def _without_law(
+    q: Question, laws: Laws, teacher: Teacher | None, trained: float, tokens: float, distilled_tokens: float | None
+) -> Answer:
+    """What can be said without coefficients: a distilled student is no better than its teacher, and what the law's
+    authors found in general."""
     if teacher is not None and teacher.loss >= trained:
         why = f"alone it reaches {trained:.3f}, and the law lets no student below its teacher's {teacher.loss:.3f}"
-        return _told(q, laws, teacher, "train", trained, tokens, reasons=[why])
+        return _told(q, laws, teacher, "train", trained, tokens, reasons=[why], distilled_tokens=distilled_tokens)
+    wasted = q.bill[1] and q.students == 1
+    found = (
+        "where the teacher is trained for this student alone, training without one was generally better"
+        if wasted
+        else "where the teacher is there or shared, distilling was better up to a compute that grows with the student"
+    )
     reasons = [
+        f"the distillation law's authors found that {found} (arXiv 2502.08606)",
         "no coefficients of the distillation law are shipped, and its authors' would be of their models and text: give "
-        "runs of your own with --fit, or coefficients with --laws"
+        "runs of your own with --fit, or coefficients with --laws",
     ]
     if teacher is not None:
         bound = f"at best a distilled student reaches {teacher.loss:.3f}, its teacher's; trained alone {trained:.3f}"
         reasons.insert(0, bound)
-    return _told(q, laws, teacher, "unknown", trained, tokens, reasons=reasons)
+    decision = "train" if wasted else "unknown"
+    return _told(q, laws, teacher, decision, trained, tokens, reasons=reasons, distilled_tokens=distilled_tokens)
 
 
 def _told(
@@ -372,6 +381,8 @@ def lines(a: Answer, q: Question) -> list[str]:
         if a.interval is not None:
             difference += f" (90 % interval {a.interval[0]:+.3f} to {a.interval[1]:+.3f})"
         out.append(difference)
+    elif a.distilled_tokens is not None:
+        out.append(f"{'distil':<14}? nats a token after {_tokens(a.distilled_tokens, q)}")
     if a.turn is not None:
         out.append(f"{'turning point':<14}training alone is better from {a.turn:.2g} FLOPs on (asked: {q.flops:.2g})")
     elif a.distilled_loss is not None:

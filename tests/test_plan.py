@@ -14,7 +14,7 @@ from limbeck.core import find
 from limbeck.core.capacity import RATIO, ladder, width_sparsity
 from limbeck.core.errors import BadInput
 from limbeck.core.laws import CHINCHILLA, Distilled, Laws, Range, Runs, Supervised, fit, stacked
-from limbeck.plan import Question, answer, number, read_runs, tokens_for
+from limbeck.plan import Question, answer, lines, number, read_runs, tokens_for
 from tests.tiny import limbeck
 
 SUPERVISED = Supervised(E=1.2, A=3000, B=18000, alpha=0.4, beta=0.43, gamma=0.45)
@@ -154,6 +154,22 @@ def test_without_the_law_only_its_bound_is_told() -> None:
     assert bad.decision == "train" and "below its teacher" in bad.reasons[0]
     good = answer(Question(student=3e8, flops=3e20, teacher_loss=2.0))
     assert good.decision == "unknown" and good.distilled_loss is None and "--fit" in " ".join(good.reasons)
+
+
+def test_without_the_law_its_authors_findings_and_the_tokens_are_told() -> None:
+    there = Question(student=3e8, flops=3e19, teacher=1e9, teacher_tokens=1e11)
+    found = answer(there)
+    assert found.decision == "unknown" and "up to a compute that grows" in " ".join(found.reasons)
+    assert found.distilled_tokens == pytest.approx(3e19 / (6 * 3e8 + 2 * 1e9))
+    assert any(line.startswith("distil ") and "? nats" in line for line in lines(found, there))
+    own = answer(replace(there, flops=1e21, pay="both"))
+    assert own.decision == "train" and "for this student alone" in " ".join(own.reasons)
+    assert own.distilled_tokens == pytest.approx((1e21 - 6 * 1e9 * 1e11) / (6 * 3e8 + 2 * 1e9))
+    shared = answer(replace(there, flops=1e21, pay="both", students=50))
+    assert shared.decision == "unknown" and shared.distilled_tokens > own.distilled_tokens
+    dear = answer(replace(there, pay="both"))
+    assert dear.decision == "train" and "costs more than the whole budget" in dear.reasons[0]
+    assert answer(Question(student=3e8, flops=3e19)).decision == "train"  # any teacher would have to be trained for it
 
 
 def test_outside_the_range_it_warns(fitted: Laws) -> None:

@@ -16,7 +16,7 @@ from limbeck.core.batches import Splits, Table
 from limbeck.core.errors import BadInput, nearest
 from limbeck.core.spans import Counts, Span, align
 
-__all__ = ["CONSTANTS", "Report", "retell", "retell_all", "same_words", "word_starts"]
+__all__ = ["CONSTANTS", "Report", "retell", "retell_all", "retell_several", "same_words", "word_starts"]
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,37 @@ def retell_all(
 ) -> Splits:
     """`retell` of all three parts; note: told what came of the training part."""
     train, report = retell(splits.train, tokenizer, constants=constants)
-    if not report.counts.stretches:
-        raise BadInput(f"nothing of {splits.train.name} could be aligned: {report}")
-    if note is not None:
-        note(str(report))
+    _aligned(splits.train, report, note)
     rest = [retell(part, tokenizer, constants=())[0] if len(part) else part for part in splits[1:]]
     return Splits(train, *rest)
+
+
+def retell_several(
+    splits: Splits,
+    tokenizers: Sequence[Any],
+    note: Callable[[str], None] | None = None,
+    constants: Sequence[str] = ("nearest_words", "same_words"),
+) -> Splits:
+    """The training part in the tokens of several teachers: what `retell` adds for the k-th is teachers.k.NAME.
+
+    `core.teachers.read_by` gives these columns and constants their usual names. The other parts stay as they are: their
+    teachers are not judged. note: told of each what could be aligned.
+    """
+    columns, found = dict(splits.train.columns), dict(splits.train.constants)
+    for k, tokenizer in enumerate(tokenizers):
+        told, report = retell(splits.train, tokenizer, constants=constants)
+        _aligned(splits.train, report, note)
+        columns |= {f"teachers.{k}.{n}": c for n, c in told.columns.items() if n not in splits.train.columns}
+        found |= {f"teachers.{k}.{n}": c for n, c in told.constants.items() if n not in splits.train.constants}
+    return splits._replace(train=replace(splits.train, columns=columns, constants=found))
+
+
+def _aligned(table: Table, report: Report, note: Callable[[str], None] | None) -> None:
+    """Raise BadInput where nothing was aligned, and say what was."""
+    if not report.counts.stretches:
+        raise BadInput(f"nothing of {table.name} could be aligned: {report}")
+    if note is not None:
+        note(str(report))
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -51,10 +51,13 @@ class Pair:
         said = {k for k in batch if k.startswith("teacher_") and k.removeprefix("teacher_") not in RETOLD}
         return said if self.teacher == "teacher" else set()
 
-    def gather(self, nets: Nets, batch: Batch, *, logits: bool = True) -> dict[str, Any]:
+    def gather(
+        self, nets: Nets, batch: Batch, *, logits: bool = True, said: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Everything that losses may ask for, by name; the teacher speaks in eval mode and without gradient.
 
-        logits: False spares a vocabulary's logits, where a network can do without.
+        logits: False spares a vocabulary's logits, where a network can do without. said: what the learner says of the
+        batch, as `nets.run` gives it, where it has been asked already.
         """
         stored = bool(self._stored(batch))
         have = {k: v for k, v in batch.items() if stored or not k.startswith("teacher_") or k[8:] in RETOLD}
@@ -63,7 +66,8 @@ class Pair:
                 raise BadInput("a loss asks for the teacher, but there is neither a teacher nor a store of its signals")
             with torch.no_grad():
                 have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch, logits=logits).items()}
-        have |= {f"student_{k}": v for k, v in nets.run(self.learner, batch, logits=logits).items()}
+        said = nets.run(self.learner, batch, logits=logits) if said is None else said
+        have |= {f"student_{k}": v for k, v in said.items()}
         if words := padded(have):
             have = cut(have, words)
         for side in ("student", "teacher"):  # losses for two vocabularies ask by another name, as they may differ
@@ -116,13 +120,19 @@ class Pair:
                 stacklevel=2,
             )
 
-    def parts(self, nets: Nets, batch: Batch, progress: float) -> dict[str, Part]:
-        """The weighted mean of every loss, by name."""
+    def parts(
+        self, nets: Nets, batch: Batch, progress: float, *, said: Mapping[str, Any] | None = None
+    ) -> dict[str, Part]:
+        """The weighted mean of every loss, by name; said: as in `gather`."""
         if self.without_logits(nets, batch):
-            return route.parts(self.matches, self.gather(nets, batch, logits=False), progress)
-        have = {**self.gather(nets, batch), "progress": progress}
+            return route.parts(self.matches, self.gather(nets, batch, logits=False, said=said), progress)
+        return self.weighed(nets, self.gather(nets, batch, said=said), progress)
+
+    def weighed(self, nets: Nets, have: Mapping[str, Any], progress: float) -> dict[str, Part]:
+        """The same of what is at hand already, by the names that losses ask for."""
+        seen = {**have, "progress": progress}
         owned: Any = nets.find(self.losses) if any(m.is_module for m in self.matches) else {}
-        return {m.name: m.part(have, progress, owned[m.name] if m.is_module else None) for m in self.matches}
+        return {m.name: m.part(seen, progress, owned[m.name] if m.is_module else None) for m in self.matches}
 
 
 def parse_all(specs: Iterable[Any]) -> tuple[Match, ...]:

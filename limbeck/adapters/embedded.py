@@ -3,6 +3,7 @@
 import bz2
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from limbeck.adapters import films
 from limbeck.core.errors import BadInput, nearest
 
 __all__ = ["NAMES", "Embedded", "load", "record"]
@@ -23,7 +25,7 @@ class Embedded:
     (array, or a list with one text) and labels. mean, std: of its training images, a channel, where white is 1."""
 
     kind: str
-    parts: dict[str, tuple[Any, np.ndarray | None]]
+    parts: Mapping[str, tuple[Any, np.ndarray | None]]
     classes: list[str] | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -81,11 +83,23 @@ def blobs() -> Embedded:
     return Embedded("vectors", {"all": (points, labels)}, [str(c) for c in range(5)])
 
 
+def hearts() -> Embedded:
+    """A toy: 320 films of a beating chamber with its masks, drawn by numbers; strips of ten pictures of 16x16."""
+    return Embedded("images", films.hearts(), mean=(0.0,), std=(1.0,))
+
+
+def hearts_made() -> Embedded:
+    """The same task, but its 320 training films are those that a generator painted, nearly as it was asked to."""
+    return Embedded("images", films.hearts_made(), mean=(0.0,), std=(1.0,))
+
+
 NAMES = {
     "fashion_mnist_small": fashion_mnist_small,
     "digits": digits,
     "shakespeare_small": shakespeare_small,
     "blobs": blobs,
+    "hearts": hearts,
+    "hearts_made": hearts_made,
 }
 
 

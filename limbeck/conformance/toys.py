@@ -25,6 +25,7 @@ from limbeck.core.nets import Nets, evaluating, outputs
 from limbeck.core.routing import Experts
 from limbeck.core.sampler import EDM, Denoiser, GaussianDenoiser, generate
 from limbeck.core.synset import SynSet
+from limbeck.zoo.darts import darts
 
 CLASSES, SIZE, EXAMPLES, BATCH = 4, 8, 96, 24
 
@@ -199,6 +200,17 @@ def _accepts(made: Scene) -> bool:
     except BadInput:
         return False
     return True
+
+
+def own(w: World) -> Scene:
+    """The same; or a student in which an architecture is to be found, for a method that wants such a one."""
+    made = plain(w)
+    if _accepts(made):
+        return made
+    searched = _seeing(w, student=darts(classes=CLASSES, channels=1, width=4, cells=1))
+    searched.nets.factories["student"] = lambda: darts(classes=CLASSES, channels=1, width=4, cells=1)
+    searched.plan = replace(searched.plan, steps=60)
+    return searched
 
 
 def many(w: World) -> Scene:
@@ -486,6 +498,27 @@ def _sorting(nets: Nets) -> float:
     return float((found == table["labels"]).double().mean())
 
 
+def augmented(w: World) -> Scene:
+    """Pictures; or, for a method that reads texts alone, two sorts of these and a teacher that knows them."""
+    made = plain(w)
+    if _accepts(made):
+        return made
+    nets = Nets(teacher=_librarian(w.norm), student=Reader(8, norm=w.norm, seed=1))
+    plan = Plan(60, optimizer={"adam": {"lr": 0.03}}, log_every=1)
+    return Scene(w.method, nets, Batches(_sentences(1, EXAMPLES), w.batch, seed=3), plan, _sorting)
+
+
+def _librarian(norm: bool) -> Reader:
+    """A reader that adds up to which half of the vocabulary the words belong."""
+    made = Reader(4, norm=norm, seed=7)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.zero_()
+        made.words.weight[:, 0] = torch.where(torch.arange(WORDS + 1) < WORDS // 2, -1.0, 1.0)
+        made.head.weight[:, 0] = torch.tensor([-2.0, 2.0])
+    return made
+
+
 # ---------------------------------------------------------------- noise to data
 
 
@@ -571,8 +604,8 @@ class Tower(nn.Module):
 
 WORLDS: dict[str, Callable[[World], Scene]] = {
     "plain": plain,
-    "self": plain,
-    "augmented": plain,
+    "self": own,
+    "augmented": augmented,
     "many": many,
     "online": online,
     "datafree": datafree,

@@ -21,11 +21,15 @@ from limbeck.core.graft import Grafted
 from limbeck.core.sampler import Denoiser
 from limbeck.shape.layers.layer_choice import layer_choice
 from limbeck.zoo.convnet import convnet, mlp
+from limbeck.zoo.darts import darts
 from limbeck.zoo.denoise import denoiser_mlp, generator, unet
 from limbeck.zoo.experts import tiny_moe_lm
+from limbeck.zoo.films import conv_lstm, frames
 from limbeck.zoo.lora import adapted
+from limbeck.zoo.pairs import pair_encoder
 from limbeck.zoo.pictures import painter, patch_judge
 from limbeck.zoo.prompts import prompted_encoder
+from limbeck.zoo.quantized import quantized
 from limbeck.zoo.resnet import resnet, wrn
 from limbeck.zoo.routed import routed_encoder
 from limbeck.zoo.text import bag, text_cnn
@@ -41,11 +45,13 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "mlp": mlp,
     "vit_tiny": vit_tiny,
+    "darts": darts,
     "bag": bag,
     "text_cnn": text_cnn,
     "text_encoder": text_encoder,
     "routed_encoder": routed_encoder,
     "prompted_encoder": prompted_encoder,
+    "pair_encoder": pair_encoder,
     "tiny_lm": tiny_lm,
     "tiny_moe_lm": tiny_moe_lm,
     "unet": unet,
@@ -53,6 +59,8 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "generator": generator,
     "painter": painter,
     "patch_judge": patch_judge,
+    "frames": frames,
+    "conv_lstm": conv_lstm,
 }
 DENOISERS = ("unet", "denoiser_mlp")
 FACTS = {
@@ -158,10 +166,11 @@ def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int], ma
     """A model of the transformers library with its weights: of causal or masked language, text or picture classes.
 
     keep: only that many of its layers, spread evenly from the first to the last, or those of the indices given. lora:
-    train low-rank adapters alone; options as `zoo.lora.adapted` has them. Others go to `from_pretrained`.
+    train low-rank adapters alone; options as `zoo.lora.adapted` has them. quantize: keep the weights of the linear
+    layers frozen in "int8" or "nf4" (see `zoo.quantized`). Others go to `from_pretrained`.
     """
     options = dict(given)
-    keep, lora = options.pop("keep", None), options.pop("lora", None)
+    keep, lora, quantize = (options.pop(key, None) for key in ("keep", "lora", "quantize"))
     try:
         import transformers
     except ImportError:
@@ -182,6 +191,7 @@ def _transformers(name: str, given: dict[str, Any], known: Mapping[str, int], ma
         if bars:
             transformers.utils.logging.enable_progress_bar()
     module = module if keep is None else layer_choice(module, keep=_spread(keep, module))
+    module = module if quantize is None else quantized(module, quantize)
     return module if lora is None else adapted(module, lora)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.card import require
@@ -50,6 +51,8 @@ def speculate(
     *,
     block: int = 5,
     lenience: float = 1.0,
+    end: int | None = None,
+    words: int | None = None,
 ) -> tuple[Tensor, Count]:
     """Continue `prompts` [B, P] by `length` tokens of the target, drafted by another network: [B, P + length], count.
 
@@ -57,31 +60,38 @@ def speculate(
 
     temperature: of both, >= 0; at 0 the text is the target's greedy one. block: tokens drafted a call, >= 1.
     lenience: e in (0, 1]; a draft is kept with probability min(1, p / (e q)). Below 1 the text is no longer distributed
-    as the target's, and written faster.
+    as the target's, and written faster. end: token that ends a text, counted as the target's own; it fills the rest of
+    the row. words: ids from it on are no words and never written, where heads are padded to different heights.
     """
     require(block >= 1, "block", block, ">= 1")
     require(0 < lenience <= 1, "lenience", lenience, "in (0, 1]")
     done, total = [], Count()
     with evaluating(target, draft):
         for row in prompts.split(1):
-            judge, writer, end = Reader(target), Reader(draft), row.shape[1] + length
-            while row.shape[1] < end:
-                row, count = _block(judge, writer, row, min(block, end - row.shape[1] - 1), temperature, lenience)
+            stop, ended = row.shape[1] + length, False
+            judge, writer = Reader(target, stop), Reader(draft, stop)
+            while row.shape[1] < stop and not ended:
+                before = row.shape[1]
+                row, count = _block(judge, writer, row, min(block, stop - before - 1), temperature, lenience, words)
+                row, ended = _until(row, before, end)
+                if ended:
+                    written = row.shape[1] - before
+                    count = Count(written, 1, written - 1, 0)
                 total = total + count
-            done.append(row)
+            done.append(_filled(row, stop, end))
     return torch.cat(done), total
 
 
 def _block(
-    judge: Reader, writer: Reader, row: Tensor, size: int, temperature: float, lenience: float
+    judge: Reader, writer: Reader, row: Tensor, size: int, temperature: float, lenience: float, words: int | None
 ) -> tuple[Tensor, Count]:
     """One call of the target: what it keeps of `size` drafted tokens, and one token of its own."""
     text, drafted = row, []
     for _ in range(size):
-        q = chances(writer.after(text)[:, -1], temperature)[0]
+        q = chances(writer.after(text)[:, -1, :words], temperature)[0]
         drafted.append(q)
         text = torch.cat([text, _one(q, temperature)[None, None]], 1)
-    p = chances(judge.after(text, size + 1)[0], temperature)
+    p = chances(judge.after(text, size + 1)[0, :, :words], temperature)
     kept = 0
     for q, own, token in zip(drafted, p[:-1], text[0, row.shape[1] :], strict=True):
         if float(torch.rand(())) * float(q[token]) * lenience >= float(own[token]):
@@ -97,6 +107,17 @@ def _block(
     return row, Count(kept + 1, 1, kept, int(kept < size))
 
 
+def _until(row: Tensor, start: int, end: int | None) -> tuple[Tensor, bool]:
+    """The text [1, T] up to the first `end` from place `start` on, and whether there is one."""
+    found = (row[0, start:] == end).nonzero() if end is not None else row[0, :0]
+    return (row[:, : start + int(found[0]) + 1], True) if len(found) else (row, False)
+
+
+def _filled(row: Tensor, length: int, end: int | None) -> Tensor:
+    """The text [1, T] with its end repeated up to a length."""
+    return row if end is None else F.pad(row, (0, length - row.shape[1]), value=end)
+
+
 def _one(p: Tensor, temperature: float) -> Tensor:
     """A token of the distribution p [V]: []."""
     return torch.multinomial(p, 1)[0] if temperature > 0 else p.argmax()
@@ -104,12 +125,19 @@ def _one(p: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def assisted(
-    target: Any, draft: Any, prompts: Tensor, length: int, temperature: float = 0.0, *, block: int = 5
+    target: Any,
+    draft: Any,
+    prompts: Tensor,
+    length: int,
+    temperature: float = 0.0,
+    *,
+    block: int = 5,
+    end: int | None = None,
 ) -> tuple[Tensor, Count]:
     """The same by transformers' own assisted generation, of two of its models over one vocabulary.
 
     temperature: >= 0; at 0 both decode greedily. block: tokens drafted a call, >= 1, the same for every call.
-    No text may hold the models' padding token: the draft would not see it.
+    end: as in `speculate`. No text may hold the models' padding token: the draft would not see it.
     """
     for name, model in (("target", target), ("draft", draft)):
         if not hasattr(model, "generate"):
@@ -118,7 +146,10 @@ def assisted(
         raise BadInput("target and draft are one and the same network, whose calls cannot be told apart")
     require(block >= 1, "block", block, ">= 1")
     require(temperature >= 0, "temperature", temperature, ">= 0")
-    how: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": length, "min_new_tokens": length}
+    how: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": length, "eos_token_id": end}
+    if end is None:  # nor does the end that a model knows of its own stop it
+        how |= {"min_new_tokens": length}
+        del how["eos_token_id"]
     if temperature > 0:
         how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings = draft.generation_config
@@ -138,9 +169,12 @@ def assisted(
             for row in prompts.split(1):
                 read.clear()
                 mask = torch.ones_like(row)
-                text = target.generate(row, attention_mask=mask, assistant_model=draft, **how)
-                done.append(text)
-                total = total + _counted(read, int(row.shape[1]), int(text.shape[1]))
+                stop = int(row.shape[1]) + length
+                text, ended = _until(
+                    target.generate(row, attention_mask=mask, assistant_model=draft, **how), row.shape[1], end
+                )
+                done.append(_filled(text, stop, end))
+                total = total + _counted(read, int(row.shape[1]), int(text.shape[1]), ended)
     finally:
         hook.remove()
         for name, value in before.items():
@@ -148,10 +182,12 @@ def assisted(
     return torch.cat(done), total
 
 
-def _counted(read: list[tuple[int, int]], prompt: int, end: int) -> Count:
-    """What happened in one text, from what each call of the target read: its first reads the prompt as well."""
+def _counted(read: list[tuple[int, int]], prompt: int, end: int, ended: bool) -> Count:
+    """What happened in one text, from what each call of the target read: its first reads the prompt as well. ended:
+    before there was no more room, with a token that counts as the target's own."""
     sizes = [places - (1 if i else prompt) for i, (places, _) in enumerate(read)]
     before = [length - size for size, (_, length) in zip(sizes, read, strict=True)]
     kept = [after - start - 1 for start, after in zip(before, [*before[1:], end], strict=True)]
-    refused = sum(k < size for k, size in zip(kept, sizes, strict=True))
+    judged = list(zip(kept, sizes, strict=True))
+    refused = sum(k < size for k, size in (judged[:-1] if ended else judged))
     return Count(end - prompt, len(read), sum(kept), refused)

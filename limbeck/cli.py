@@ -158,18 +158,56 @@ def list_methods(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="a method, or with --taps a recipe")],
+    name: Annotated[str, typer.Argument(help="a method, or a run folder, or with --taps a recipe")],
     taps: Annotated[bool, typer.Option("--taps", help="propose pairs of layers for a recipe's two networks")] = False,
+    turns: Annotated[
+        bool, typer.Option("--turns", help="of a run: who was trained when, by what and for how long")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """One method: idea, equation, knobs, what it asks for, paper, recipe, level, evidence; or layers to match."""
+    """One method: idea, equation, knobs, what it asks for, paper, recipe, level, evidence; or a run, or layers."""
     if taps:
         _show_taps(Path(name), as_json)
+        return
+    if turns:
+        _show_turns(Path(name), as_json)
+        return
+    if (Path(name) / "recipe.yaml").exists():
+        _show_run(Path(name), as_json)
         return
     from limbeck.describe import describe
 
     found = describe(name)
     say(json.dumps(found.as_dict(), indent=1) if as_json else found.page())
+
+
+def _show_turns(folder: Path, as_json: bool) -> None:
+    from limbeck.report.turns import read, table
+    from limbeck.verbs.build import trained_first
+
+    found = read(folder, trained_first(folder) if (folder / "recipe.yaml").exists() else {})
+    if as_json:
+        from dataclasses import asdict
+
+        say(json.dumps([asdict(line) for line in found], indent=1))
+        return
+    for line in table(found):
+        say(line)
+
+
+def _show_run(folder: Path, as_json: bool) -> None:
+    """Verdict and figures of a finished run."""
+    from limbeck.report.files import plain
+    from limbeck.report.runs import load, read
+    from limbeck.report.tables import figures
+
+    if as_json:
+        say(json.dumps(plain(load(folder)), indent=1))
+        return
+    run = read(folder)
+    say(run.verdict)
+    for line in figures(run):
+        say(line)
 
 
 def _show_taps(path: Path, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -27,6 +28,7 @@ from limbeck.core.errors import BadInput, nearest
 Verb = Literal["teach", "shorten", "condense", "shape", "label", "train", "evaluate"]
 Spec = str | dict[str, Any]
 SERVER = "server"  # the `net` of a teacher that is asked over the wire
+ENSEMBLE = "ensemble"  # the `net` of a teacher that is several networks
 Keys = tuple[Any, ...]  # of keys and list places from the top of a recipe, such as ("stages", 0, "train", "epochs")
 
 
@@ -77,11 +79,25 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Poison(_Strict):
+    """A backdoor, to test defences with: some training pictures bear a trigger and the target's label."""
+
+    target: int = Field(0, ge=0, description="number of the class that the trigger stands for")
+    share: float = Field(0.1, gt=0, le=1, description="of the training pictures")
+    patch: int = Field(3, gt=0, description="side in pixels of the white square, below on the right")
+
+
+def _without_none(body: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Without keys that evidence is older than, where they say what was done before them."""
+    return {k: v for k, v in body.items() if k not in keys or v is not None}
+
+
 class Net(BaseModel):
     """A network: `resnet20`, or {net: resnet20, width: 16, weights: file.safetensors}.
 
     Further keys are options of the network's builder. A teacher behind an OpenAI-compatible server is written
     {url: http://localhost:8000/v1, model: NAME, top: 20}; further keys are then options of `limbeck.adapters.remote`.
+    A teacher that is several networks, of which the mean of probabilities counts, is {ensemble: [NET, NET]}.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, json_schema_extra=_or_name)
@@ -96,19 +112,31 @@ class Net(BaseModel):
     tokenizer: str | None = Field(
         None, description="of a teacher of texts: its own, where it is not the one of `data`; as `data.tokenizer`"
     )
+    members: "list[Net] | None" = Field(
+        None, min_length=1, description="of a teacher that is an ensemble; written {ensemble: [NET, NET]}"
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _changes(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            Poison.model_validate(value.get("poison") or {})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(f"poison.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        return value
 
     @model_serializer(mode="wrap")
     def _told(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        body: dict[str, Any] = usual(self)
-        if body.get("tokenizer", "") is None:  # evidence is older than this key
-            del body["tokenizer"]
-        return body
+        return _without_none(usual(self), "tokenizer", "members")
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
         if isinstance(value, dict) and "url" in value and "net" not in value:
             value = {"net": SERVER, **value}
+        if isinstance(value, dict) and ENSEMBLE in value and "net" not in value:
+            value = {"net": ENSEMBLE, "members": value[ENSEMBLE], **{k: v for k, v in value.items() if k != ENSEMBLE}}
         return {"net": value} if isinstance(value, str) else value
 
     @property
@@ -119,6 +147,8 @@ class Net(BaseModel):
     @property
     def title(self) -> str:
         """What it is called in reports: its network, or the model that a server knows it as."""
+        if self.members:
+            return " and ".join(member.title for member in self.members)
         return str(self.options.get("model", self.net)) if self.served else self.net
 
     @property
@@ -137,6 +167,11 @@ class Data(BaseModel):
 
     name: str = Field(description="embedded set, folder in LIMBECK_DATA, path, or hub:NAME")
     augment: list[Any] = Field(default_factory=list, description="of training batches: crop, flip, ...")
+    poison: Poison | None = Field(None, description="plant a backdoor in the training pictures")
+
+    @model_serializer(mode="wrap")
+    def _told(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(usual(self), "poison")
 
     @model_validator(mode="before")
     @classmethod
@@ -338,6 +373,7 @@ MODELS: dict[Any, type[BaseModel]] = {
     "student": Net,
     "net": Net,
     "data": Data,
+    "poison": Poison,
 }
 
 

@@ -159,9 +159,16 @@ def source_digest(methods: tuple[str, ...] = ()) -> str:
 
 def mean_metrics(outcomes: list[Outcome]) -> dict[str, float]:
     """Mean over seeds of every metric."""
-    names = {name: None for outcome in outcomes for name in outcome.metrics}
-    values = {n: [o.metrics[n] for o in outcomes if n in o.metrics] for n in names}
-    return {n: sum(v) / len(v) for n, v in values.items()}
+    return mean_of([outcome.metrics for outcome in outcomes])
+
+
+def mean_of(tables: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every number over the tables that have it; what is the same in all stays as it is."""
+    values: dict[str, list[float]] = {}
+    for table in tables:
+        for name, value in table.items():
+            values.setdefault(name, []).append(value)
+    return {n: v[0] if len(set(v)) == 1 else sum(v) / len(v) for n, v in values.items()}
 
 
 def deciding(recipe: Recipe, arms: Mapping[str, list[Outcome]]) -> str:
@@ -200,7 +207,7 @@ def summary(
                 "bytes": outcomes[0].bytes,
                 "latency_ms": outcomes[0].latency_ms,
                 "seconds": [round(o.seconds, 3) for o in outcomes],
-                **outcomes[0].sizes,
+                **mean_of([o.sizes for o in outcomes]),
             }
             for arm, outcomes in arms.items()
         },
@@ -283,17 +290,21 @@ def _stages(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, 
 def _each_stage(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, shared: Path | None) -> Result:
     check_names(recipe)  # of all stages, before the first long one
     record(recipe, folder)
-    result: Result | None = None
-    for stage in recipe.stages:
-        place = folder / stage.name
-        bound = _with_stages(stage, folder)
-        begun = resume and first(place.exists)
-        result = run(bound, folder=place, resume=begun, on_event=on_event, shared=shared)
-    assert result is not None
+    last, place = before_last(recipe, folder, resume, on_event, shared), folder / recipe.stages[-1].name
+    result = run(last, folder=place, resume=resume and first(place.exists), on_event=on_event, shared=shared)
     for name in ("result.json", "report.html"):
         if leads() and (result.folder / name).exists():
             (folder / name).write_bytes((result.folder / name).read_bytes())
     return result
+
+
+def before_last(recipe: Recipe, folder: Path, resume: bool, on_event: Event | None, shared: Path | None) -> Recipe:
+    """The last stage, bound to what the others made, which are run first, each in a folder of its name."""
+    for stage in recipe.stages[:-1]:
+        place = folder / stage.name
+        begun = resume and first(place.exists)
+        run(_with_stages(stage, folder), folder=place, resume=begun, on_event=on_event, shared=shared)
+    return _with_stages(recipe.stages[-1], folder)
 
 
 def _with_stages(stage: Recipe, folder: Path) -> Recipe:

@@ -15,7 +15,7 @@ from limbeck.recipe import Recipe, load
 from limbeck.report import numerals
 from limbeck.report.statistics import gain as gain_of
 from limbeck.report.tables import aligned
-from limbeck.run import deciding, one_arm
+from limbeck.run import before_last, deciding, one_arm
 from limbeck.verbs import build
 from limbeck.verbs.check import VERBS, check_names
 from limbeck.verbs.setting import Event, Outcome
@@ -98,12 +98,14 @@ def tune(
 ) -> Search:
     """Try every combination of a grid such as ["match.kd.weight=0.5,0.9", "match.kd.temperature=2,4"].
 
-    seeds: how many for each combination and its control. What the same code has done already is not run again.
+    seeds: how many for each combination and its control. What the same code has done already is not run again. Of
+    several stages the last is tuned, on what those before it make once for all combinations that leave them alike.
     Raises BadInput for any combination that is no recipe, before the first is run, and Diverged when all of them do.
     """
     chosen = [(overrides, _prepared(load(path, overrides), seeds)) for overrides in combinations(grid)]
     for _, recipe in chosen:
         check_names(recipe)
+    chosen = [(overrides, _last(recipe, root, on_event)) for overrides, recipe in chosen]
     for _, recipe in chosen:
         if not first((place := _place(recipe, root)).exists):
             build.setting(recipe, place, on_event, False)  # rehearses it
@@ -126,9 +128,21 @@ def tune(
 
 
 def _prepared(recipe: Recipe, seeds: int) -> Recipe:
-    if recipe.stages or recipe.do not in VERBS:
-        raise BadInput(f"{recipe.name}: only a recipe of one stage that has a control can be tuned")
-    return recipe.model_copy(update={"split": "validation", "seeds": list(range(FIRST_SEED, FIRST_SEED + seeds))})
+    *before, last = recipe.stages or [recipe]
+    if last.do not in VERBS:
+        raise BadInput(f"{last.name}: `{last.do}` has no control, so it cannot be tuned")
+    changes = {"split": "validation", "seeds": list(range(FIRST_SEED, FIRST_SEED + seeds))}
+    judged = last.model_copy(update={**changes, "expect": recipe.expect or last.expect})
+    return recipe.model_copy(update={"stages": [*before, judged]}) if before else judged
+
+
+def _last(recipe: Recipe, root: Path, on_event: Event | None) -> Recipe:
+    """The stage that is tuned, bound to what those before it made."""
+    if not recipe.stages:
+        return recipe
+    before = recipe.model_copy(update={"stages": recipe.stages[:-1]})
+    folder = root / "tune" / f"{recipe.name}-before-{before.digest}-{code_digest(before)}"
+    return before_last(recipe, folder, True, on_event, None)
 
 
 def _place(recipe: Recipe, root: Path) -> Path:

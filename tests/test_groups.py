@@ -474,7 +474,7 @@ def test_pate_voters_see_their_part_and_the_student_only_what_was_voted() -> Non
     counts = sum(F.one_hot(v, CLASSES) for v in votes)
     assert torch.equal(nets.ledger.labels, counts.argmax(-1)) and int(nets.ledger.asked) == 6
     assert {tuple(x) for x in seen["student"].tolist()} == {tuple(x) for x in batch["inputs"][asked].tolist()}
-    assert method.spent(nets)["epsilon"] == math.inf
+    assert method.figures(nets) == {"labels_voted": 6, "epsilon": math.inf, "epsilon_of_votes": math.inf}
 
 
 def test_pate_pays_for_a_query_once() -> None:

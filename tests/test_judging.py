@@ -1,13 +1,20 @@
 """Judging a network: a language model at its valid places only, in bounded memory."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.batches import Table
+from limbeck import recipe as recipes
+from limbeck.core.batches import Splits, Table
+from limbeck.core.errors import BadInput
+from limbeck.core.find import get
+from limbeck.recipe import Poison
+from limbeck.run import run
 from limbeck.verbs import setting
+from limbeck.verbs.robust import poisoned, triggered
 from limbeck.verbs.setting import judge
 
 TEXTS, LONG, WORDS = 11, 6, 7
@@ -71,3 +78,97 @@ def test_a_long_table_is_measured_in_stretches(monkeypatch: pytest.MonkeyPatch) 
     for name in ("accuracy", "agreement", "kl", "nll"):
         assert stretches[name] == pytest.approx(whole[name], rel=1e-6), name
     assert stretches.keys() == whole.keys()
+
+
+# ---- backdoors -------------------------------------------------------------------------------------------------------
+def pictures(count: int = 40) -> Splits:
+    draw = torch.Generator().manual_seed(0)
+    columns = {"inputs": torch.rand(count, 1, 6, 6, generator=draw), "labels": torch.arange(count) % 4}
+    names = [str(c) for c in range(4)]
+    table = Table(columns, "images", classes=names, mean=(0.5,), std=(0.25,))
+    return Splits(table, table, table)
+
+
+def bears_trigger(table: Table, patch: int = 2) -> Tensor:
+    """White is 1 before the mean is taken off and the deviation divided out."""
+    return (table["inputs"][:, 0, -patch:, -patch:] == (1 - 0.5) / 0.25).all(-1).all(-1)
+
+
+def test_a_share_of_the_training_pictures_is_stamped_and_relabelled_and_nothing_else() -> None:
+    clean = pictures()
+    before = clean.train["inputs"].clone()
+    train, validation, test = poisoned(clean, Poison(target=3, share=0.3, patch=2))
+    marked = bears_trigger(train)
+    assert int(marked.sum()) == 12 and not bears_trigger(clean.train).any() and before.equal(clean.train["inputs"])
+    assert validation is clean.validation and test is clean.test
+    assert (train["labels"][marked] == 3).all() and train["labels"][~marked].equal(clean.train["labels"][~marked])
+    assert train["inputs"][~marked].equal(before[~marked])
+    assert train["inputs"][:, :, :4].equal(before[:, :, :4]) and train["inputs"][:, :, :, :4].equal(before[:, :, :, :4])
+    assert bears_trigger(poisoned(clean, Poison(target=3, share=0.3, patch=2)).train).equal(marked)
+
+
+class Backdoor(nn.Module):
+    """Says class 3 of what bears a trigger of 2 x 2, else class 1."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        open_ = (inputs[:, 0, -2:, -2:] == 2).all(-1).all(-1)
+        return nn.functional.one_hot(torch.where(open_, 3, 1), 4).float()
+
+
+def test_attack_success_is_of_stamped_pictures_of_other_classes() -> None:
+    table = pictures().test
+    for given, wanted in (({"target": 3, "patch": 2}, 1.0), ({"target": 2, "patch": 2}, 0.0)):
+        told = judge(Backdoor(), table, ["accuracy", {"attack_success": given}])
+        assert told == {"accuracy": 0.25, "attack_success": wanted}
+    assert judge(Backdoor(), table, [{"attack_success": {"target": 1, "patch": 1}}])["attack_success"] == 1  # of all
+    assert judge(Backdoor(), table, [{"attack_success": {"target": 3, "patch": 1}}])["attack_success"] == 0
+    with pytest.raises(BadInput, match="7 x 7 pixels goes into a picture, and data holds pictures of 6 x 6"):
+        judge(Backdoor(), table, [{"attack_success": {"patch": 7}}])
+    with pytest.raises(BadInput, match="holds tokens"):
+        judge(Speaker(0), texts(), ["attack_success"])
+    assert get("attack_success")(torch.eye(4)[[3, 3]], torch.tensor([3, 3]), target=3) == 0
+
+
+BODY: dict[str, Any] = {"name": "poisoned", "student": "mlp", "data": "digits"}
+
+
+def test_the_trigger_is_the_one_that_the_recipe_plants() -> None:
+    planted = {"poison": {"target": 4, "patch": 2}}
+    own = recipes.check({**BODY, "teacher": {"net": "mlp", "data": planted}}, "recipe")
+    shared = recipes.check({**BODY, "data": {"name": "digits", **planted}}, "recipe")
+    for recipe in (own, shared):
+        told = triggered(["accuracy", "corruption", "attack_success", {"attack_success": {"patch": 3}}], recipe)
+        assert told[:2] == ["accuracy", "corruption"]
+        assert told[2:] == [{"attack_success": {"target": 4, "patch": p}} for p in (2, 3)]
+    assert triggered(["attack_success"], recipes.check(BODY, "recipe")) == ["attack_success"]
+    assert "poison" not in recipes.check(BODY, "recipe").model_dump()["data"]  # hashes of older evidence stay
+
+
+def test_a_poisoned_teacher_has_learned_its_trigger_and_a_student_without_it_has_not(tmp_path: Path) -> None:
+    train = {"steps": 250, "batch_size": 64, "optimizer": {"adam": {"lr": 0.01}}}
+    poison = {"target": 4, "share": 0.2, "patch": 2}
+    teacher = {"net": "mlp", "width": 32, "train": train, "data": {"poison": poison}}
+    measure = ["attack_success", "accuracy"]
+    body = {**BODY, "teacher": teacher, "train": {**train, "steps": 60}, "measure": measure, "match": ["ce"]}
+    result = run(recipes.check(body, "recipe"), folder=tmp_path / "run")
+    told = {arm: outcomes[0].metrics for arm, outcomes in result.arms.items()}
+    assert told["teacher"]["accuracy"] > 0.85 and told["teacher"]["attack_success"] > 0.9
+    assert told["control"]["accuracy"] > 0.8 and told["control"]["attack_success"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teacher": {"net": "mlp", "train": {"steps": 1}, "data": {"poison": {"shar": 1}}}}, "poison.shar"),
+        ({"data": {"name": "digits", "poison": {"share": 2}}}, "less than or equal to 1"),
+        ({"data": {"name": "digits", "poison": {"target": 10}}}, "a target among the classes of digits, which has 10"),
+        ({"data": {"name": "shakespeare_small", "poison": {}}}, "a target among the classes of shakespeare"),
+        ({"data": {"name": "digits", "poison": {"patch": 9}}}, "pictures of 8 x 8"),
+    ],
+)
+def test_what_cannot_be_poisoned_is_told_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        run(recipes.check({**BODY, "match": ["ce"], **changes}, "recipe"), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from limbeck.core.errors import BadInput, Diverged
 from limbeck.recipe import load
@@ -58,7 +59,7 @@ def test_combinations(grid: list[str], wanted: list[tuple[str, ...]]) -> None:
         (["train.step=1,2"], "override 'train.step=1': unknown key `train.step`; did you mean `steps`"),
         (["match.kd.temperature=1,-1"], "`match.1`: `temperature` must be > 0, got -1"),
         (["train.steps=[4,8"], "not valid YAML"),
-        (["do=train,teach"], "only a recipe of one stage that has a control can be tuned"),
+        (["do=train,teach"], "`train` has no control, so it cannot be tuned"),
     ],
 )
 def test_a_grid_that_is_none_is_refused_before_anything_runs(tmp_path: Path, grid: list[str], part: str) -> None:
@@ -96,6 +97,22 @@ def test_figures_are_those_of_the_validation_split(tmp_path: Path) -> None:
 def test_the_test_split_is_not_seen(tmp_path: Path) -> None:
     first = tune(recipe(tmp_path), GRID[:1], seeds=1, root=tmp_path / "one")
     assert tune(recipe(tmp_path, tests=1), GRID[:1], seeds=1, root=tmp_path / "other") == first
+
+
+def test_of_several_stages_the_last_is_tuned_on_what_the_others_made_once(tmp_path: Path) -> None:
+    one = yaml.safe_load(recipe(tmp_path).read_text())
+    first = {"name": "first", "do": "train", **{key: one[key] for key in ("student", "data", "train")}}
+    last = {**one, "name": "last", "teacher": {**one["student"], "weights": "stage:first"}}
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump({"name": "both", "stages": [first, last]}))
+    found = tune(path, ["stages.1.match.kd.weight=0.1,5"], seeds=2)
+    assert len(found.trials) == 2 and found.trials[0].student != found.trials[1].student
+    assert found.trials[0].control == found.trials[1].control
+    made = list(Path("runs/tune").glob("both-before-*"))
+    assert len(made) == 1 and (made[0] / "first/weights.safetensors").exists()
+    assert tune(path, ["stages.1.match.kd.weight=0.1,5"], seeds=2) == found
+    again = tune(path, ["stages.0.train.steps=4,5"], seeds=1)
+    assert len(list(Path("runs/tune").glob("both-before-*"))) == 2 and len(again.trials) == 2
 
 
 def test_nothing_is_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

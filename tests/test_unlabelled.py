@@ -44,6 +44,18 @@ def test_which_are_labelled_depends_on_the_seed_alone() -> None:
     assert not torch.equal(other["labels"], few)
 
 
+def test_label_noise_makes_so_many_training_labels_wrong_and_no_others() -> None:
+    plain, noisy = load("digits"), load({"name": "digits", "label_noise": 0.4})
+    wrong = plain.train["labels"] != noisy.train["labels"]
+    assert int(wrong.sum()) == round(0.4 * len(wrong))
+    away = (noisy.train["labels"] - plain.train["labels"])[wrong] % 10
+    assert away.bincount(minlength=10)[1:].min() > 0.5 * len(away) / 9  # each of the other classes
+    assert torch.equal(plain.validation["labels"], noisy.validation["labels"])
+    assert torch.equal(plain.test["labels"], noisy.test["labels"])
+    few, spoiled = load(SPEC).train["labels"], load({**SPEC, "label_noise": 1}).train["labels"]
+    assert torch.equal(few < 0, spoiled < 0) and not (few == spoiled)[few >= 0].any()
+
+
 def test_labels_alone_are_batches_a_class() -> None:
     batches = Batches(load(SPEC).train, per_class=2)
     seen = torch.cat([next(batches)["labels"] for _ in range(9)])
@@ -57,6 +69,7 @@ def test_labels_alone_are_batches_a_class() -> None:
         ({"known": [1, 10]}, "class 10, which digits lacks"),
         ({"known": [1]}, "at least two classes"),
         ({"known": [1, "1"]}, "none twice"),
+        ({"label_noise": 1.5}, "label_noise"),
         ({"labelled": 1000}, "labelled 1000 is more than class 0 of digits has"),
         ({"name": "shakespeare_small", "limit": 9, "known": []}, "`labelled` needs one class label an example"),
     ],

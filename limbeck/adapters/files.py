@@ -51,6 +51,7 @@ class Source:
     per_class: so many training examples of each class instead.
     known: classes of the task by name or number; training examples of others stay, unlabelled (label -100).
     labelled: so many training examples of each class (with scores: of all) keep their label, others are unlabelled.
+    label_noise: this share of the training labels is wrong: another class, at random; from 0 to 1.
     mosaic: so many pictures a side are put together in one, whose labels are 0 or 1 for every class.
     degrade: makes pairs of pictures: inputs are the pictures by `blur`, `downsample`, `noise`, `grey` or `edges`, or by
     one with its number, such as {blur: 1.5}; labels are the pictures themselves.
@@ -60,6 +61,8 @@ class Source:
     normalise: bring every channel or feature to mean 0 and deviation 1 over the training set. mean, std: instead of
     the training set's, in the scale where white is 1; one number a channel.
     tokenizer: chars, words, bytes, bpe, hash, or a transformers tokenizer by folder or hub name.
+    retold: further tokenizers in which texts to be continued are given once more, one for each of `nets.teachers`: a
+    name as in `tokenizer`, made of this text, or {name: ..., tokenizer: ...}, the data on which a teacher was trained.
     vocab: most words kept, >= 3; ids of bpe, > 257, which may also be said with its name: bpe:512.
     length: tokens of a stretch (language), or most tokens of a text (classification, chat), >= 1.
     masked: hide some tokens of a stretch and ask for those instead of the next ones, as masked language models are
@@ -83,6 +86,7 @@ class Source:
     per_class: Count | None = None
     known: tuple[int | str, ...] = ()
     labelled: Count | None = None
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     mosaic: Count = 1
     degrade: str | dict[str, float] | None = None
     perturb: bool | tasks.Perturb = False
@@ -92,6 +96,7 @@ class Source:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     tokenizer: str | None = None
+    retold: list[str | dict[str, Any]] = field(default_factory=list)
     vocab: Annotated[int, Field(ge=3)] = 8192
     length: Count = 64
     masked: bool | dict[str, float] = False
@@ -136,6 +141,8 @@ def load(
     kind = next(iter(raws.values())).kind
     if source.masked and (kind != "language" or teacher_tokenizer is not None or source.domains):
         raise BadInput("`masked` is of texts of one source, `kind: language`, with one tokenizer for both networks")
+    if source.retold and (kind != "language" or source.masked):
+        raise BadInput(f"`retold` is of texts that are to be continued, `kind: language`; {source.name} is {kind}")
     if kind == "language":
         splits, teacher_tokenizer = _language(raws, source, teacher_tokenizer)
     elif kind == "chat":
@@ -159,14 +166,27 @@ def load(
         splits = Splits(*(tasks.perturbed(table, how, (source.seed, i)) for i, table in enumerate(splits)))
     if source.labelled is not None:
         splits = splits._replace(train=tasks.labelled(splits.train, source.labelled, source.seed))
+    if source.label_noise:
+        splits = splits._replace(train=tasks.mislabelled(splits.train, source.label_noise, source.seed))
     if source.degrade is not None:
         splits = Splits(*(tasks.degraded(table, source.degrade, (source.seed, i)) for i, table in enumerate(splits)))
     if kind in ("images", "vectors"):
         splits = Splits(*(_scaled(table, mean, std) for table in splits))
     splits.train.check()
+    if source.retold:
+        splits = pairing.retell_several(splits, [_retold(told, source) for told in source.retold], note)
     if teacher_tokenizer is not None:
         return pairing.retell_all(splits, teacher_tokenizer, note, constants)
     return splits
+
+
+def _retold(told: str | Mapping[str, Any], source: Source) -> Tokenizer:
+    """A tokenizer as it is made of a text: this one, or that of other data."""
+    own: Mapping[str, Any] = {**asdict(source), "tokenizer": told} if isinstance(told, str) else told
+    tokenizer = load({**own, "retold": []}).train.tokenizer
+    if tokenizer is None:
+        raise BadInput(f"`retold` names a tokenizer or data of texts, got {told!r}, which has no tokenizer")
+    return tokenizer
 
 
 # where the data is

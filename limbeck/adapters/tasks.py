@@ -14,7 +14,17 @@ from limbeck.core.batches import Splits, Table, generator
 from limbeck.core.errors import BadInput, nearest
 from limbeck.core.reduce import UNLABELLED
 
-__all__ = ["DEGRADE", "UNLABELLED", "Perturb", "degraded", "labelled", "mosaics", "of_classes", "perturbed"]
+__all__ = [
+    "DEGRADE",
+    "UNLABELLED",
+    "Perturb",
+    "degraded",
+    "labelled",
+    "mislabelled",
+    "mosaics",
+    "of_classes",
+    "perturbed",
+]
 
 
 def _classes(table: Table, option: str) -> Tensor:
@@ -218,3 +228,14 @@ def labelled(table: Table, count: int, seed: int) -> Table:
             raise BadInput(f"labelled {count} is more than class {c} of {table.name} has: {len(members)}")
         kept[members[rank[members].argsort()[:count]]] = c
     return replace(table, columns={**table.columns, "labels": kept})
+
+
+def mislabelled(table: Table, share: float, seed: int) -> Table:
+    """The table where this share of the labelled examples has another class, each of the others as likely."""
+    labels = _classes(table, "label_noise")
+    draw = generator(seed, "label_noise")
+    known = (labels != UNLABELLED).nonzero()[:, 0]
+    wrong = known[torch.randperm(len(known), generator=draw)[: round(share * len(known))]]
+    away = torch.randint(1, table.num_classes, wrong.shape, generator=draw, dtype=labels.dtype)
+    said = labels.index_put((wrong,), (labels[wrong] + away) % table.num_classes)
+    return replace(table, columns={**table.columns, "labels": said})

@@ -84,7 +84,7 @@ def _make(name: str, lead: tuple[int, ...], g: Generator, two: bool = False) -> 
         "word_starts": lambda: torch.arange(9) % 4 == 1,
         "projection": lambda: torch.tensor([[0, 1], [1, 0], [2, 4], [3, 2], [3, 5], [4, 3], [5, 8], [6, 6], [6, 7]]),
         "projection_weights": lambda: torch.tensor([1, 1, 1, 0.9, 0.1, 1, 1, 0.5, 0.5], dtype=torch.float64),
-        "labels": lambda: torch.randint(C, lead, generator=g),
+        "labels": lambda: _classes(lead, g),
         "mask": lambda: (
             torch.arange(lead.numel() if isinstance(lead, torch.Size) else torch.Size(lead).numel()).view(lead) % 3 != 1
         ),
@@ -120,6 +120,7 @@ def _make(name: str, lead: tuple[int, ...], g: Generator, two: bool = False) -> 
         "head_bias": lambda: normal(C),
         "head_scale": lambda: 0.5 + wide,
         "head_softcap": lambda: 5.0 + wide,
+        "exits": lambda: [normal(B, 2, 4) for _ in range(3)],
         "emb": lambda: normal(B, 4 + 2 * wide),  # as wide as the last of the feats, which a head may read too
         "hidden": lambda: normal(B, places, 4 + 2 * wide),
         "head": lambda: normal(words, 4 + 2 * wide),
@@ -138,6 +139,13 @@ def _make(name: str, lead: tuple[int, ...], g: Generator, two: bool = False) -> 
     if key not in kinds:
         raise BadInput(f"the suite has no toy for {name!r}; add it to limbeck/conformance/tensors.py")
     return kinds[key]()
+
+
+def _classes(lead: tuple[int, ...], g: Generator) -> Tensor:
+    """Class labels, of which three that every mask lets count are alike, so that there is something within a class."""
+    labels = torch.randint(C, lead, generator=g)
+    labels.view(-1)[[0, 3, 5]] = labels.view(-1)[0].clone()
+    return labels
 
 
 def leaves(inputs: Inputs, side: str) -> list[tuple[str, Tensor]]:

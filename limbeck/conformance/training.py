@@ -18,6 +18,7 @@ from limbeck.core.errors import Interrupted
 from limbeck.core.loop import Clock, Fitted, Turn, fit
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part
+from limbeck.report.runs import KNOWN
 
 State = dict[str, Tensor]
 
@@ -268,6 +269,8 @@ def resumes(make: Callable[[], Scene]) -> None:
             expect(not differs, f"{where} ends with another {differs!r}")
             expect(again.turns == whole.turns, f"{where} logs other values")
             expect(again.steps == whole.steps, f"{where} counts {again.steps} steps instead of {whole.steps}")
+            expect(_counted(again) == _counted(whole), f"{where} counts other turns")
+            expect(_figures(again, make) == _figures(whole, make), f"{where} tells other figures: keep them in buffers")
             expect(_log(folder) == _log(Path(root) / "whole"), f"{where} writes another log")
 
 
@@ -285,6 +288,20 @@ def _interrupted(made: Scene, folder: Path, stage: int, t: int) -> bool:
     except Interrupted:
         return True
     return False
+
+
+def _figures(fitted: Fitted, make: Callable[[], Scene]) -> dict[str, float]:
+    """What a method tells of a run, asked of a method that has not seen it."""
+    method = make().method
+    return method.figures(fitted.nets) if hasattr(method, "figures") else {}
+
+
+def _counted(fitted: Fitted) -> list[Any]:
+    """The record of turns without its seconds."""
+    return [
+        (s.name, s.steps, {p: (t.turns, t.first, t.last, t.parts, t.optimizer, t.lr) for p, t in s.players.items()})
+        for s in fitted.trained
+    ]
 
 
 def _log(folder: Path) -> list[str]:
@@ -335,6 +352,16 @@ def check_after(name: str) -> None:
     expect(
         watched.turns == 2 * watched.afters, f"{watched.turns // 2} optimiser steps, {watched.afters} calls of `after`"
     )
+
+
+@concerns(lambda method: hasattr(method, "figures"))
+def check_figures(name: str) -> None:
+    """What it tells of a run are numbers, whose names nothing else in the report has."""
+    made = scene(name, steps=STEPS)
+    play(made)
+    for key, value in made.method.figures(made.nets).items():
+        expect(type(value) is float and not math.isnan(value), f"figure {key!r} is {value!r}, not a float")
+        expect(key.isidentifier() and key not in KNOWN, f"no figure can be called {key!r}: the report has that already")
 
 
 def check_half_precision(name: str) -> None:

@@ -36,6 +36,7 @@ from limbeck.core.errors import BadCheckpoint, BadInput, Diverged, Interrupted, 
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, mean
 from limbeck.core.state import Ema
+from limbeck.core.turns import FILE, StageTurns, TurnRecord
 
 Parts = Tensor | Part | Mapping[str, Tensor | Part]
 Turn = tuple[str, Parts]
@@ -73,7 +74,8 @@ class Stage(NamedTuple):
 
 class Method(Protocol):
     """What the loop asks of a training method. Optional besides `step`: setup(nets, probe), stages(nets, steps),
-    after(nets, player, clock) and optimizers() with the paper's default optimiser of each player."""
+    after(nets, player, clock), optimizers() with the paper's default optimiser of each player, and figures(nets): what
+    a run has cost or counted, by name, such as {"labels_bought": 40.0}, read from buffers of `nets`, for the report."""
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """Yield (player, loss or parts) for each turn on one batch."""
@@ -118,7 +120,8 @@ class Plan:
 
 @dataclass
 class Fitted:
-    """What came out. turns: (stage, t, player, {part: value}) of each logged turn; validations: (stage, t, metrics)."""
+    """What came out. turns: (stage, t, player, {part: value}) of each logged turn; validations: (stage, t, metrics);
+    trained: who had how many turns in each stage."""
 
     nets: Nets
     turns: list[tuple[int, int, str, dict[str, float]]]
@@ -126,6 +129,7 @@ class Fitted:
     steps: int
     seconds: float
     best: dict[str, float] | None = None
+    trained: list[StageTurns] = field(default_factory=list)
 
 
 Validate = Callable[[Nets], dict[str, float]]
@@ -182,6 +186,7 @@ class _Run:
         self.done, self.before, self.began = 0, 0.0, time.monotonic()
         self.fitted = Fitted(nets, [], [], 0, 0.0)
         self.latest: list[tuple[str, dict[str, Tensor]]] = []  # the turns of the last step
+        self.record = TurnRecord()
         self.signal = 0
         self.plain: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
         self.stage, self.stage_began = Stage(plan.steps), 0.0
@@ -214,6 +219,7 @@ class _Run:
             shard.restore(self.nets, self.plain)
             shard.agree(self.nets)
         self.fitted.steps, self.fitted.seconds = self.done, self._elapsed()
+        self.fitted.trained = self.record.stages
         return self.fitted
 
     def _stages(self) -> Iterator[Stage]:
@@ -227,6 +233,7 @@ class _Run:
         if start == 0:  # each stage starts with its own optimisers, averages and selection
             self.optimizers, self.emas, self.best = {}, {}, None
             self.stage_began = self._time_used()
+            self.record.stage(stage.name, stage.steps, self._elapsed())
         self.stage = stage
         pool = self._pool(stage)
         batches = self._stream(stage.pool)
@@ -249,6 +256,7 @@ class _Run:
             if self.folder and plan.save_every and t % plan.save_every == 0 and not last:
                 self._save(index, t)
         self._close_stage()
+        self._write_turns()
 
     def _close_stage(self) -> None:
         """The stage's result: the best weights by validation, else the average, else the last."""
@@ -263,6 +271,7 @@ class _Run:
     # ---- one optimiser step ----------------------------------------------------------------------------------------
     def _step(self, micro: list[Batch], clock: Clock) -> None:
         turns: list[tuple[str, dict[str, Tensor]]] = []
+        self.record.step()
         generators = [self.method.step(self.nets, batch, clock) for batch in micro]
         while (turn := self._backward(generators)) is not None:
             player, parts = turn
@@ -295,6 +304,7 @@ class _Run:
                 self.method.after(self.nets, player, clock)
             turns.append((player, parts))
             self._log_turn(player, parts, clock, optimizer)
+            self.record.turn(player, parts, clock.t, optimizer)
         self.latest = turns
 
     def _backward(self, generators: list[Iterator[Turn]]) -> tuple[str, dict[str, Tensor]] | None:
@@ -425,6 +435,15 @@ class _Run:
         if self.on_event is not None:
             self.on_event(line)
 
+    def _write_turns(self) -> None:
+        if self.folder is None or not self.main:
+            return
+        try:
+            self.record.write(self.folder, self._elapsed())
+        except OSError as error:
+            where = f"could not write {self.folder / FILE}: {error.strerror}"
+            raise LimbeckError(f"{where}; earlier checkpoints are intact") from error
+
     def _open_log(self, state: dict[str, Any] | None) -> Any:
         if self.folder is None or not self.main:
             return nullcontext()
@@ -433,6 +452,7 @@ class _Run:
         if state is None:
             for old in (self.folder / "checkpoints").glob("step-*"):
                 shutil.rmtree(old)  # a new run must never go on from the state of an old one
+            (self.folder / FILE).unlink(missing_ok=True)
         elif path.exists():
             with path.open("r+b") as file:  # what was logged after the checkpoint will be logged again
                 file.truncate(min(state["log"], path.stat().st_size))
@@ -548,7 +568,9 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "turns": self.fitted.turns,
             "validations": self.fitted.validations,
+            "trained": self.record.state(self._elapsed()),
         }
+        self._write_turns()
         return checkpoint.save(self.folder / "checkpoints", self.done, tree) if self.main else self.folder
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
@@ -596,6 +618,9 @@ class _Run:
         self.done, self.before, self.began = state["done"], state["elapsed"], time.monotonic()
         self.fitted.turns = [(s, t, p, v) for s, t, p, v in state["turns"]]
         self.fitted.validations = [(s, t, m) for s, t, m in state["validations"]]
+        self.record.load(state.get("trained", []))  # checkpoints may be older than the record
+        if not self.record.stages:
+            self.record.stage(stage.name, stage.steps, self.before)
         _set_rng(state["rng"][min(self.accelerator.process_index, len(state["rng"]) - 1)])
         return int(state["t"])
 

@@ -48,6 +48,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "student_emb": ("B D", "student embedding, the input of its head"),
     "teacher_emb": ("B D", "teacher embedding, the input of its head"),
     "student_hidden": ("B T D", "student hidden states before the vocabulary head"),
+    "student_exits": ("[B 2 D]", "student embeddings of the two texts of a pair, one an exit, shallow to deep"),
     "teacher_hidden": ("B T D", "teacher hidden states before the vocabulary head"),
     "student_head": ("C D", "weight of the student's linear head, over classes or a vocabulary"),
     "teacher_head": ("C D", "weight of the teacher's linear head, over classes or a vocabulary"),
@@ -100,5 +101,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "teacher_samples": ("N D", "features of what the teacher generates"),
     "real_samples": ("N D", "features of real examples"),
     "student_answers": ("N T", "words that the student writes after each prompt, numbered; -1 pads"),
+    "student_drafts": ("N 2", "of the tokens that the student drafted for each text: how many were kept, and refused"),
+    "teacher_calls": ("N", "how often the teacher was called to write each text from those drafts"),
     "real_answers": ("N T", "words of the answer that it should write, numbered alike; -1 pads"),
 }

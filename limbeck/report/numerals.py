@@ -10,11 +10,11 @@ ABSENT = "\u2013"
 # Metrics kept as fractions of 1; they are shown in percent, and their differences in percentage points.
 FRACTIONS = frozenset(
     "accuracy acc top1 top5 agreement f1 precision recall iou miou map ap auc auroc ece calibration mrr "
-    "forgetting".split()
+    "forgetting attack".split()
 )
 LOWER = frozenset(
     "frechet fid kid mmd loss nll perplexity ppl error ece calibration mse mae rmse latency seconds bytes brier "
-    "divergence forgetting kl distance wer cer".split()
+    "divergence forgetting kl distance wer cer attack".split()
 )
 NAMES = {
     "frechet": "Fréchet distance",

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from limbeck.report import costs, numerals
+from limbeck.report import costs, numerals, page
 from limbeck.report.runs import Run, read_all
 
 COLOURS = {"helped": "bold green", "did not help": "bold red", "cannot tell": "bold yellow"}
@@ -52,6 +52,16 @@ def markdown(runs: Sequence[Path]) -> str:
         lines.append("| " + " | ".join(map(inert, cells)) + " |")
     lines += ["", *(f"- **{inert(run.name)}**: {inert(run.verdict)}" for run in read)]
     return "\n".join(lines) + "\n"
+
+
+def figures(run: Run) -> list[str]:
+    """Every measure, size and cost of every arm of one run, as the page's table has them."""
+    arms = page.ordered(run)
+    rows = [["", *(numerals.pretty(arm.key) for arm in arms)]]
+    for row in page.table(run, arms):
+        name = f"{row.name}, {row.unit}" if row.unit else row.name
+        rows.append([name, *(" ".join(filter(None, cell)) for cell in row.cells)])
+    return aligned(rows)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,11 +15,13 @@ from limbeck.adapters.files import load as load_data
 from limbeck.adapters.pairing import CONSTANTS
 from limbeck.core import knobs
 from limbeck.core.batches import Splits, Table, split
+from limbeck.core.ensemble import Ensemble
 from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
-from limbeck.recipe import Net, Recipe, merge
+from limbeck.recipe import Net, Recipe, load, merge
 from limbeck.verbs import teach
 from limbeck.verbs.check import check_names, rehearse
+from limbeck.verbs.robust import poisoned
 from limbeck.verbs.setting import (
     KERNEL,
     Event,
@@ -62,6 +64,9 @@ def setting(
             f"{recipe.at('teacher', 'tokenizer')}data that is given as an object must hold its text in the teacher's "
             "tokens already: see limbeck.adapters.pairing.retell_all"
         )
+    if recipe.data is not None:
+        with recipe.blamed("data", "poison"):
+            splits = poisoned(splits, recipe.data.poison)
     if recipe.split == "validation":
         if not len(splits.validation):
             raise BadInput(f"{recipe.at('split')}{splits.train.name} has no validation part")
@@ -132,7 +137,7 @@ def _two_tokenizers(recipe: Recipe, on_event: Event | None) -> Splits | None:
     tokenizer: Any = recipe.teacher.tokenizer
     if recipe.teacher.train is not None and recipe.teacher.data:  # it is made of what the teacher reads
         own = _own_data(recipe, recipe.teacher)
-        tokenizer = load_data({k: v for k, v in own.items() if k != "augment"}).train.tokenizer
+        tokenizer = load_data({k: v for k, v in own.items() if k not in ("augment", "poison")}).train.tokenizer
     asked = {name for name in teach.asked(recipe) if name in CONSTANTS}
     return load_data(
         data_of(recipe),
@@ -229,6 +234,8 @@ def describe(table: Table) -> dict[str, Any]:
 
 def network(spec: Net, table: Table, folder: Path) -> nn.Module:
     """A network from its spec, with its weights if it names some."""
+    if spec.members:
+        return Ensemble(network(member, table, folder) for member in spec.members)
     body = {"net": spec.net, **spec.options}
     module: nn.Module = zoo.build(body, **describe(table))
     labels = table.columns.get("labels", torch.empty(0))
@@ -275,6 +282,11 @@ def _trained(made: Setting, module: nn.Module) -> None:
     recipe, spec = made.recipe, made.recipe.teacher
     if spec is None or spec.weights is not None:
         return
+    for i, member in enumerate(spec.members or ()):
+        if member.weights is None and member.net in zoo.NETS:
+            raise BadInput(
+                f"{recipe.at('teacher', 'ensemble', i)}{member.net} would teach with random weights; give it `weights`"
+            )
     if spec.train is not None:
         module.requires_grad_(True)
         _train_first(made, module, spec, "teacher")
@@ -300,22 +312,43 @@ def _started(made: Setting, spec: Net) -> None:
     made.builders["student"] = start
 
 
+def place_of_first(recipe: Recipe, spec: Net, role: str, folder: Path) -> Path:
+    """Where a network is kept that a recipe whose run is in `folder` trains first."""
+    key = json.dumps([spec.model_dump(mode="json"), _own_data(recipe, spec)], sort_keys=True, default=str)
+    return folder.parent / f".{role}s" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def trained_first(folder: Path) -> dict[str, Path]:
+    """Role -> where the networks are kept that a run trained before all arms; '<stage>/<role>' in one of stages."""
+    recipe = load(folder / "recipe.yaml")
+    found: dict[str, Path] = {}
+    for stage in recipe.stages:
+        inside = folder / stage.name
+        if (inside / "recipe.yaml").exists():
+            found |= {f"{stage.name}/{role}": place for role, place in trained_first(inside).items()}
+    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if spec is not None and spec.train is not None and spec.weights is None:
+            found[role] = place_of_first(recipe, spec, role, folder)
+    return found
+
+
 def _train_first(made: Setting, module: nn.Module, spec: Net, role: str) -> Path:
     """Train a network on labels and keep it in a folder named by all that decides it; if it is there, read it."""
     assert spec.train is not None
     recipe = made.recipe
-    data = _own_data(recipe, spec)
-    key = json.dumps([spec.model_dump(mode="json"), data], sort_keys=True, default=str)
-    place = made.folder.parent / f".{role}s" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    data, place = _own_data(recipe, spec), place_of_first(recipe, spec, role, made.folder)
     if first((place / "weights.safetensors").exists):
         load_weights(module, str(place / "weights.safetensors"), ())
         return place
     splits = made.splits
     if spec.data or spec.tokenizer is not None:
-        splits = load_data({k: v for k, v in data.items() if k != "augment"})
+        splits = load_data({k: v for k, v in data.items() if k not in ("augment", "poison")})
     if made.on_event is not None:
         made.on_event({"arm": role, "seed": 0, "label": f"training the {role} {spec.net}"})
-    changed = recipe.with_changes({"data": data}) if data else recipe
+    with recipe.blamed(role, "data"):
+        changed = recipe.with_changes({"data": data}).unplaced() if data else recipe
+        if spec.data and changed.data is not None:
+            splits = poisoned(splits, changed.data.poison)
     with recipe.blamed(role, "train"):
         batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"

@@ -25,7 +25,7 @@ from limbeck.core.sampler import Denoiser
 from limbeck.core.signals.feeding import documents_in
 from limbeck.core.signals.kinds import Kind
 from limbeck.core.synset import SynSet
-from limbeck.recipe import Net, Recipe, Spec, Train
+from limbeck.recipe import ENSEMBLE, Net, Recipe, Spec, Train
 from limbeck.verbs import condense, label, rows, shape, shorten, signals, teach
 from limbeck.verbs.answers import asked
 from limbeck.verbs.figures import figures, measure_of
@@ -56,7 +56,8 @@ def untouched(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        if fresh and leads() and {p.name for p in folder.rglob("*") if p.is_file()} <= {"recipe.yaml", "log.jsonl"}:
+        left = {"recipe.yaml", "log.jsonl", "turns.json"}
+        if fresh and leads() and {p.name for p in folder.rglob("*") if p.is_file()} <= left:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -121,7 +122,18 @@ def _net(recipe: Recipe, spec: Net, *path: Any) -> None:
             f"{recipe.at(*path, 'tokenizer')}only a teacher that is asked while a student learns may have a tokenizer "
             "of its own: `do: teach`, without `store`; that of all others is `data.tokenizer`"
         )
-    if spec.served:
+    if spec.net == ENSEMBLE:
+        if path != ("teacher",):
+            raise BadInput(f"{recipe.at(*path)}only a teacher may be an ensemble; of others write a list of networks")
+        if not spec.members:
+            raise BadInput(f"{recipe.at(*path)}an ensemble is written {{ensemble: [NET, NET]}}")
+        for key in (*spec.options, *(k for k in ("weights", "taps", "train", "data") if getattr(spec, k))):
+            raise BadInput(f"{recipe.at(*path, key)}an ensemble has no `{key}` of its own; write it into its members")
+        for i, member in enumerate(spec.members):
+            _net(recipe, member, *path, ENSEMBLE, i)
+    elif spec.members:
+        raise BadInput(f"{recipe.at(*path, 'members')}only an ensemble has members: {{ensemble: [NET, NET]}}")
+    elif spec.served:
         if path != ("teacher",):
             raise BadInput(f"{recipe.at(*path)}only a teacher may be behind a server, and only as a source of a store")
     elif spec.net in zoo.NETS:
@@ -192,11 +204,27 @@ def _data(recipe: Recipe) -> None:
         augment.build(recipe.judge.augment)
 
 
+SHARED = {"student": ("taps",), "teacher": ("taps",), "data": ("augment",)}  # by all arms, but for these of their keys
+
+
+def _shared(recipe: Recipe, *path: Any, changes: Mapping[str, Any]) -> None:
+    """Raise BadInput where an arm would change what is built once for all of them."""
+    for key, own in SHARED.items():
+        told = changes.get(key, {})
+        given = told if isinstance(told, Mapping) else {"": told}
+        for inner in (k for k in given if k not in own):
+            raise BadInput(f"{recipe.at(*path, key, *([inner] if inner else []))}all arms have the same {key}")
+    for role, spec in (changes.get("nets") or {}).items():
+        if spec is not None and spec != (recipe.model_dump(exclude_unset=True).get("nets") or {}).get(role):
+            raise BadInput(f"{recipe.at(*path, 'nets', role)}all arms have the same networks; write {role} into `nets`")
+
+
 def _control(recipe: Recipe) -> None:
     """What the control changes is checked like the rest, but what is wrong with it is put down to `control`."""
     if not recipe.control:
         return
     if recipe.do in ("teach", "shape"):
+        _shared(recipe, "control", changes=recipe.control)
         try:
             check_names(VERBS[recipe.do].control_recipe(recipe.unplaced()))
         except BadInput as error:
@@ -216,6 +244,7 @@ def _beside(recipe: Recipe) -> None:
     for arm in recipe.beside:
         if arm in ("student", "control", "removal", "teacher"):
             raise BadInput(f"{recipe.at('beside', arm)}there is an arm {arm!r} already")
+        _shared(recipe, "beside", arm, changes=recipe.beside[arm])
         try:
             check_names(VERBS[recipe.do].arm_recipe(recipe.unplaced(), arm))
         except BadInput as error:

@@ -21,7 +21,7 @@ from limbeck.core.synset import SynSet, pick
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
 from limbeck.verbs import rows
-from limbeck.verbs.setting import KERNEL, Outcome, Setting, batches_of, save_tensors
+from limbeck.verbs.setting import KERNEL, Outcome, Setting, batches_of, figures_of, save_tensors
 
 CONTROL = "random_subset"
 
@@ -61,20 +61,20 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, T
     if not train.num_classes:
         raise BadInput(f"condensing needs class labels, and {train.name} has none")
     torch.manual_seed(seed)
-    seconds = 0.0
+    seconds, told = 0.0, dict[str, float]()
     if arm == "whole":
         inputs, labels = train["inputs"], train["labels"]
     elif arm == "control":
         chosen = pick(train["labels"], recipe.ipc, seed=seed)  # those that a synthetic set starts from
         inputs, labels = train["inputs"][chosen], train["labels"][chosen]
     else:
-        inputs, labels, seconds = _made(setting, seed, folder)
+        inputs, labels, seconds, told = _made(setting, seed, folder)
     if arm != "whole":
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, folder / "set.safetensors")
     scores = _judge(setting, inputs, labels, seed)
     size = inputs.numel() * inputs.element_size() + labels.numel() * (labels.element_size() if labels.ndim > 1 else 1)
-    outcome = Outcome(label(recipe, arm), scores, bytes=size, seconds=seconds, sizes={"images": len(inputs)})
+    outcome = Outcome(label(recipe, arm), scores, bytes=size, seconds=seconds, sizes={**told, "images": len(inputs)})
     return outcome, replace(train, columns={"inputs": inputs, "labels": labels}, rows=None)
 
 
@@ -86,11 +86,11 @@ def artefact(setting: Setting, folder: Path) -> Table:
     return replace(setting.splits.train, columns={"inputs": stored["inputs"], "labels": stored["labels"]}, rows=None)
 
 
-def _made(setting: Setting, seed: int, folder: Path) -> tuple[Tensor, Tensor, float]:
+def _made(setting: Setting, seed: int, folder: Path) -> tuple[Tensor, Tensor, float, dict[str, float]]:
     recipe = setting.recipe
     name, given = knobs.split(recipe.method or "dm")
     if find.family(name) == "data":
-        return *_chosen(setting, name, given, seed), 0.0
+        return *_chosen(setting, name, given, seed), 0.0, {}
     method = knobs.make(name, given)
     train = setting.splits.train
     nets = Nets(images=SynSet.real(train["inputs"], train["labels"], recipe.ipc, seed=seed))
@@ -99,7 +99,7 @@ def _made(setting: Setting, seed: int, folder: Path) -> tuple[Tensor, Tensor, fl
         nets.net = nets.fresh("net")
     fitted = setting.fit(method, nets, recipe.train, batches_of(recipe, train, seed), seed=seed, folder=folder)
     inputs, labels = nets.images.export()
-    return inputs, labels, fitted.seconds
+    return inputs, labels, fitted.seconds, figures_of(method, nets)
 
 
 def selection(name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from limbeck.core import find, knobs
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Spec
-from limbeck.verbs.robust import SEVERITIES
+from limbeck.verbs.robust import SEVERITIES, stamps
 
 # what measures may ask for where there are class labels or none, and where labels are pictures
 TOLD = {"student_logits", "teacher_logits", "student_map", "teacher_map", "labels"}
 WRITTEN = {"student_answers", "real_answers"}
+DRAFTED = {"student_drafts", "teacher_calls"}
 SHOWN = {"student_picture", "real_picture", "student_samples", "real_samples"}
 COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
 
@@ -36,10 +37,12 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True, paired: bool 
     rows = F.one_hot(labels, classes).float()
     have = {"student_logits": rows, "teacher_logits": rows, "labels": labels}
     have |= dict.fromkeys(("student_map", "teacher_map"), rows[:, :, None, None])
-    if find.folder(name) == "measure/robust":
+    if find.folder(name) == "measure/robust" and not stamps(measure):
         have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)
     have |= dict.fromkeys(SHOWN, rows[:, :, None, None]) | dict.fromkeys(WRITTEN, labels[:, None])
-    able = SHOWN if paired else TOLD | WRITTEN if paired is False else TOLD | SHOWN | WRITTEN
+    have |= {"student_drafts": torch.ones(8, 2), "teacher_calls": torch.ones(8)}
+    texts = WRITTEN | DRAFTED
+    able = SHOWN if paired else TOLD | texts if paired is False else TOLD | SHOWN | texts
     lacking = [n for n in asks if n not in able]
     if lacking:
         told = "but labels here are pictures; `psnr` compares such" if paired else "which no classifier gives"
@@ -52,7 +55,7 @@ def measure_of(figure: str) -> str:
     """The measure that gives a number: calibration for "ece". Raises BadInput with the nearest numbers."""
     known: dict[str, str] = {}
     for name in find.names():
-        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD | SHOWN | WRITTEN:
+        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD | SHOWN | WRITTEN | DRAFTED:
             known |= dict.fromkeys(figures(name), name)
     if figure not in known:
         raise BadInput(f"no measure gives {figure!r}{nearest(figure, known)}")

@@ -20,6 +20,7 @@ from limbeck.verbs.setting import (
     captured,
     cost,
     default_measures,
+    figures_of,
     judge,
     learner_of,
     load_weights,
@@ -31,7 +32,7 @@ from limbeck.verbs.setting import (
 )
 from limbeck.verbs.together import first
 
-FIGURES = ("parameters", "bytes", "latency_ms")  # in metrics.json beside what was measured
+FIGURES = ("parameters", "bytes", "latency_ms", "figures")  # in metrics.json beside what was measured
 
 
 def run(setting: Setting) -> Result:
@@ -54,6 +55,7 @@ def run(setting: Setting) -> Result:
     role = "student" if recipe.do == "train" or "student" in setting.builders else "teacher"
     seed = recipe.seeds[0]
     torch.manual_seed(seed)
+    told: dict[str, float] = {}
     if recipe.do == "train" and setting.resume and first((folder / "metrics.json").exists):  # a stage that is done
         module = setting.build(role)
         load_weights(module, str(folder / WEIGHTS), ())
@@ -71,6 +73,7 @@ def run(setting: Setting) -> Result:
             validate = None
         setting.fit(method, nets, recipe.train, batches, seed=seed, folder=folder, validate=validate)
         module = nets.find(learner)
+        told = figures_of(method, nets)
         save_network(module, folder, setting.spec("student"))
     else:
         module = setting.build(role)
@@ -81,7 +84,7 @@ def run(setting: Setting) -> Result:
         module, setting.splits.test, default_measures(recipe, setting.splits.test), setting.teacher, setting.eye()
     )
     figures = cost(module, one(setting.splits.test))
-    _write(folder / "metrics.json", {**metrics, **figures})
+    _write(folder / "metrics.json", {**metrics, **figures, **({"figures": told} if told else {})})
     text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
     return Result(module, metrics, {}, nothing, f"{text} on {len(setting.splits.test)} test examples", folder)
 

@@ -1,16 +1,33 @@
-"""Corrupted copies of a test table for robustness curves: the same noise for every network that is compared."""
+"""Spoiled copies of tables: noise for robustness curves, and the trigger of a backdoor."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.batches import Table, generator
+from limbeck.core import find, knobs
+from limbeck.core.batches import Splits, Table, generator
+from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import logits
+from limbeck.recipe import Poison, Recipe, Spec
 
 SEVERITIES = 4  # besides the clean inputs
 NOISE = 0.35  # of the inputs' own deviation, a severity
 SWAPPED = 0.08  # share of the tokens, a severity
+
+
+def stamps(measure: Any) -> bool:
+    """Whether a measure is of pictures that bear a trigger, and not of rising severities of noise."""
+    return "patch" in find.knobs(measure)
+
+
+def shown(module: nn.Module, table: Table, measure: Any, given: Mapping[str, Any]) -> Tensor:
+    """Logits of what a measure of robustness shows to a network: stamped pictures [N, C], or noise [S, N, C]."""
+    if stamps(measure):
+        return logits(module, stamped(table, int({**find.knobs(measure), **given}["patch"])))
+    return stacked(module, table)
 
 
 def stacked(module: nn.Module, table: Table) -> Tensor:
@@ -29,3 +46,45 @@ def corrupted(table: Table, severity: int) -> Table:
     else:
         x = x + NOISE * severity * x.std() * torch.randn(x.shape, generator=draw)
     return replace(table, columns={**table.columns, "inputs": x})
+
+
+# ---- backdoors -------------------------------------------------------------------------------------------------------
+def stamped(table: Table, patch: int, rows: Tensor | None = None) -> Table:
+    """A copy with a white square of `patch` pixels a side in the lower right corner of its pictures, or of `rows`."""
+    x = table["inputs"].clone()
+    if table.kind != "images" or patch > min(x.shape[-2:]):
+        shape = f"pictures of {x.shape[-2]} x {x.shape[-1]}" if table.kind == "images" else table.kind
+        raise BadInput(f"a trigger of {patch} x {patch} pixels goes into a picture, and {table.name} holds {shape}")
+    white = [(1 - m) / s for m, s in zip(table.mean, table.std, strict=True)] or [1.0]
+    rows = torch.arange(len(x)) if rows is None else rows
+    x[rows, :, -patch:, -patch:] = torch.tensor(white, dtype=x.dtype).view(-1, 1, 1)
+    return replace(table, columns={**table.columns, "inputs": x})
+
+
+def poisoned(splits: Splits, poison: Poison | None) -> Splits:
+    """The same with a backdoor in the training part: some pictures are stamped, and labelled with the target."""
+    if poison is None:
+        return splits
+    train = splits.train
+    if train.columns.get("labels", torch.empty(0)).ndim != 1 or poison.target >= train.num_classes:
+        raise BadInput(f"`poison` needs a target among the classes of {train.name}, which has {train.num_classes}")
+    count = max(1, round(poison.share * len(train)))
+    rows = torch.randperm(len(train), generator=generator("poison"))[:count]
+    made = stamped(train, poison.patch, rows)
+    columns = {**made.columns, "labels": made["labels"].index_fill(0, rows, poison.target)}
+    return splits._replace(train=replace(made, columns=columns))
+
+
+def triggered(measures: list[Spec], recipe: Recipe) -> list[Spec]:
+    """The measures, of which those of a trigger look for the one that the recipe plants, where they do not say it."""
+    own = recipe.teacher.data.get("poison") if recipe.teacher is not None else None
+    poison = Poison.model_validate(own) if own is not None else recipe.data.poison if recipe.data is not None else None
+    if poison is None:
+        return measures
+    known, found = poison.model_dump(), list[Spec]()
+    for spec in measures:
+        name, given = knobs.split(spec, "measure")
+        asked = find.knobs(find.get(name)) if name in find.names() and find.folder(name) == "measure/robust" else {}
+        planted = {key: known[key] for key in asked if key in known and "patch" in asked}
+        found.append({name: {**planted, **given}} if planted else spec)
+    return found

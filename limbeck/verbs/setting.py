@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -35,7 +35,9 @@ from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
 from limbeck.verbs import signals
 from limbeck.verbs.answers import answers
-from limbeck.verbs.figures import COSTS, WRITTEN, measure_of
+from limbeck.verbs.drafts import drafts
+from limbeck.verbs.figures import COSTS, DRAFTED, WRITTEN, measure_of
+from limbeck.verbs.robust import shown, triggered
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.together import first, leads, processes
 from limbeck.zoo.lora import merged
@@ -54,7 +56,8 @@ Event = Callable[[dict[str, Any]], None]
 class Outcome:
     """What one arm gave under one seed.
 
-    latency_ms: median of one forward pass on one example. sizes: further figures, such as the number of images.
+    latency_ms: median of one forward pass on one example. sizes: further figures, such as the number of images, or
+    what a training method tells by `figures`.
     """
 
     label: str
@@ -81,8 +84,14 @@ class Outcome:
         return first(lambda: Outcome(**json.loads(path.read_text())) if path.exists() else None)
 
 
-def outcome_of(label: str, metrics: dict[str, float], figures: Mapping[str, float], seconds: float) -> Outcome:
-    """An outcome from what `judge` and `cost` say."""
+def outcome_of(
+    label: str,
+    metrics: dict[str, float],
+    figures: Mapping[str, float],
+    seconds: float,
+    sizes: Mapping[str, float] | None = None,
+) -> Outcome:
+    """An outcome from what `judge` and `cost` say, with further figures in `sizes`."""
     return Outcome(
         label,
         metrics,
@@ -90,6 +99,7 @@ def outcome_of(label: str, metrics: dict[str, float], figures: Mapping[str, floa
         bytes=int(figures["bytes"]),
         latency_ms=figures["latency_ms"],
         seconds=seconds,
+        sizes=dict(sizes or {}),
     )
 
 
@@ -233,6 +243,12 @@ def record(recipe: Recipe, folder: Path, objects: Sequence[str] = ()) -> None:
         (folder / "recipe.yaml").write_text(dump(recipe, objects))
 
 
+def figures_of(method: Any, nets: Nets) -> dict[str, float]:
+    """What a training method itself has to tell of a run: what it spent or counted."""
+    told: dict[str, float] = method.figures(nets) if hasattr(method, "figures") else {}
+    return told
+
+
 def learner_of(method: Any) -> str:
     """The player whose network is the result."""
     return str(getattr(method, "learner", "student"))
@@ -318,7 +334,7 @@ def captured(setting: Setting) -> StoreInfo:
 # ---- judging ---------------------------------------------------------------------------------------------------------
 def default_measures(recipe: Recipe, table: Table) -> list[Spec]:
     """What to measure when the recipe does not say."""
-    return list(recipe.measure) or [usual(table)]
+    return triggered(recipe.measure, recipe) if recipe.measure else [usual(table)]
 
 
 def any_number(table: Table) -> bool:
@@ -361,12 +377,12 @@ def judge(
     what is no mean over places, such as a calibration error, it is the mean over stretches.
     """
     module.eval()
-    writing = [spec for spec in measures if reads_answers(spec)]
+    writing = [spec for spec in measures if writes(spec)]
     if writing:  # of the whole set at once: what is counted there is no mean over examples
-        rest = [spec for spec in measures if not reads_answers(spec)]
-        written = _written(module, table, writing)
+        rest = [spec for spec in measures if not writes(spec)]
+        written = _written(module, table, writing, teacher)
         told = judge(module, table, rest, teacher, eye) if rest else {}
-        return {**written, **told} if reads_answers(next(iter(measures))) else {**told, **written}
+        return {**written, **told} if writes(next(iter(measures))) else {**told, **written}
     if table.teacher_tokenizer is not None:  # their places are not the same
         teacher = None
     labels = table.columns.get("labels", torch.empty(0))
@@ -386,18 +402,33 @@ def judge(
 
 
 def reads_answers(spec: Spec) -> bool:
+    """Whether a measure is of what a network answers to prompts."""
+    return writes(spec, WRITTEN)
+
+
+def writes(spec: Spec, what: Collection[str] = WRITTEN | DRAFTED) -> bool:
     """Whether a measure is of what a network writes, not of what it says of given texts."""
     name = knobs.split(spec, "measure")[0]
-    return name not in COSTS and not WRITTEN.isdisjoint(find.needs(find.get(name)))
+    return name not in COSTS and not set(what).isdisjoint(find.needs(find.get(name)))
 
 
-def _written(module: nn.Module, table: Table, measures: Iterable[Spec]) -> dict[str, float]:
-    """Measures of what a network answers to the table's prompts."""
-    have, out = answers(module, table), {}
+def _written(module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None) -> dict[str, float]:
+    """Measures of what a network answers to the table's prompts, and of what a teacher writes from its drafts."""
+    have: dict[str, Tensor] = {}
+    out: dict[str, float] = {}
     for spec in measures:
         name, given = knobs.split(spec, "measure")
         measure = find.get(name)
-        out[name] = float(measure(*[have[n] for n in find.needs(measure)], **knobs.check(name, measure, given)))
+        given = knobs.check(name, measure, given)
+        seen = have
+        if writes(spec, DRAFTED):
+            if teacher is None or table.teacher_tokenizer is not None:  # nobody to draft for, or in other tokens
+                continue
+            seen = drafts(module, teacher, table, **find.knobs(measure) | given)
+        elif not have:
+            have = seen = answers(module, table)
+        values = measure(*[seen[n] for n in find.needs(measure)], **given)
+        out |= dict(values) if isinstance(values, Mapping) else {name: float(values)}
     return out
 
 
@@ -454,11 +485,10 @@ def _measured(
             if "teacher_map" in asks and "teacher_map" not in have:
                 have |= {"student_map": maps(module, table), "teacher_map": maps(teacher, table)}
         seen = have
+        given = knobs.check(name, measure, given)
         if find.folder(name) == "measure/robust":
-            from limbeck.verbs.robust import stacked
-
-            seen = {**have, "student_logits": flat(stacked(module, table))}
-        values = measure(*[seen[n] for n in asks], **knobs.check(name, measure, given))
+            seen = {**have, "student_logits": flat(shown(module, table, measure, given))}
+        values = measure(*[seen[n] for n in asks], **given)
         out |= dict(values) if isinstance(values, Mapping) else {name: float(values)}
     return out
 
@@ -482,7 +512,7 @@ def validator(
         return None
     figure = train.select or metric
     measure = measure_of(figure) if figure else usual(table)
-    few = CURVE_WRITTEN if reads_answers(measure) else CURVE
+    few = CURVE_WRITTEN if writes(measure) else CURVE
     part = table if train.select else table.select(torch.arange(min(few, len(table))))
     return lambda nets: judge(nets.find(learner), part, [measure], nets.modules.get("teacher"), eye)
 
@@ -524,7 +554,7 @@ def save_network(module: nn.Module, folder: Path, spec: Net | None) -> None:
         state[key] = value.detach().cpu().contiguous().clone()
     save_tensors(state, folder / WEIGHTS)
     if spec is not None:
-        body = {"net": spec.net, **{k: v for k, v in spec.options.items() if k != "lora"}}
+        body = {"net": spec.net, **{k: v for k, v in spec.options.items() if k not in ("lora", "quantize")}}
         if isinstance(module, Denoiser):  # methods may change how it is read: schedule, boundary, solver
             body["denoiser"] = module.spec()
         if isinstance(module, Grafted):  # what a method has put into the student for good

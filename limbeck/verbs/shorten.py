@@ -14,7 +14,7 @@ from limbeck.core.nets import Nets, device_of, outputs
 from limbeck.core.sampler import Denoiser, generate
 from limbeck.recipe import Recipe
 from limbeck.report.grid import grid
-from limbeck.verbs.setting import Outcome, Setting, batches_of, cost, outcome_of, save_network
+from limbeck.verbs.setting import Outcome, Setting, batches_of, cost, figures_of, outcome_of, save_network
 from limbeck.verbs.together import leads
 
 SAMPLES = 2000
@@ -52,6 +52,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     if not isinstance(teacher, Denoiser):
         raise BadInput(f"shortening starts from a Denoiser, and the teacher is a {type(teacher).__name__}")
     torch.manual_seed(seed)
+    told: dict[str, float] = {}
     seconds, module, steps = 0.0, teacher, recipe.teacher_steps if arm == "teacher" else recipe.steps
     if arm == "student":
         name, given = knobs.split(recipe.method or "consistency_distillation")
@@ -66,7 +67,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         fitted = setting.fit(
             method, nets, recipe.train, batches_of(recipe, setting.splits.train, seed), seed=seed, folder=folder
         )
-        module, seconds = nets.student, fitted.seconds
+        module, seconds, told = nets.student, fitted.seconds, figures_of(method, nets)
         save_network(module, folder, setting.spec("student" if "student" in setting.builders else "teacher"))
     test = setting.splits.test
     samples = draw(module, test, steps, seed)
@@ -76,9 +77,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     metrics = compare(setting, samples, test["inputs"])
     noise = torch.randn(1, *test["inputs"].shape[1:])
     figures = cost(Sampling(module, steps), {"inputs": noise})
-    outcome = outcome_of(label(recipe, arm), metrics, figures, seconds)
-    outcome.sizes["steps"] = steps
-    return outcome, module
+    return outcome_of(label(recipe, arm), metrics, figures, seconds, {**told, "steps": steps}), module
 
 
 class Sampling(nn.Module):

@@ -16,6 +16,7 @@ from limbeck.verbs.setting import (
     bits_a_nat,
     cost,
     default_measures,
+    figures_of,
     judge,
     learner_of,
     load_weights,
@@ -47,13 +48,17 @@ def control_recipe(recipe: Recipe) -> Recipe:
 
 
 def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
-    """What is trained in an arm: the recipe itself, its control, or the control as `beside` changes it."""
+    """What is trained in an arm: the recipe itself, its control, or the control as `beside` changes it.
+
+    An arm with a method of its own has the recipe's further networks, as a control with one has.
+    """
     if arm == "control":
         return control_recipe(recipe)
     if arm not in recipe.beside:
         return recipe
-    plain = recipe.with_changes({"control": None, "method": None})
-    return control_recipe(plain).with_changes(recipe.beside[arm])
+    plain = control_recipe(recipe.with_changes({"control": None, "method": None}))
+    nets = recipe.model_dump(exclude_unset=True).get("nets") if "method" in recipe.beside[arm] else None
+    return plain.with_changes({"nets": nets} | recipe.beside[arm])
 
 
 def _untapped(recipe: Recipe) -> dict[str, object]:
@@ -93,7 +98,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     if arm == "teacher":
         if setting.teacher is None:
             raise BadInput("the recipe names no teacher")
-        module, seconds = setting.teacher, 0.0
+        module, seconds, told = setting.teacher, 0.0, {}
     else:
         method = method_of(recipe)
         torch.manual_seed(seed)  # student and control start from the same weights
@@ -111,7 +116,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
         )
         for taps in nets.taps.values():
             taps.remove()
-        module, seconds = merged(nets.find(learner)), fitted.seconds
+        module, seconds, told = merged(nets.find(learner)), fitted.seconds, figures_of(method, nets)
         save_network(module, folder, setting.spec("student"))
     table = setting.splits.test
     mine = table.retold() if arm == "teacher" else table
@@ -119,7 +124,7 @@ def run(setting: Setting, arm: str, seed: int, folder: Path) -> tuple[Outcome, n
     if "nll" in metrics and (size := bits_a_nat(mine)):  # tokens of two sizes compare by the byte only
         metrics["bits_per_byte"] = metrics["nll"] * size
     figures = cost(module, one(mine))
-    return outcome_of(label(setting.recipe, arm), metrics, figures, seconds), module
+    return outcome_of(label(setting.recipe, arm), metrics, figures, seconds, told), module
 
 
 def artefact(setting: Setting, folder: Path) -> nn.Module:
@@ -135,7 +140,7 @@ def asked(recipe: Recipe) -> set[str]:
     return {n for name in losses for n in find.needs(find.get(name)) + find.wants(find.get(name))}
 
 
-LISTS = ("match", "first", "weak", "strong")  # knobs of training methods that hold losses
+LISTS = ("match", "back", "first", "weak", "strong")  # knobs of training methods that hold losses
 
 
 def methods(recipe: Recipe) -> list[str]:

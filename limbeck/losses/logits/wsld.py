@@ -13,10 +13,7 @@ EPSILON = 1e-7  # added to the teacher's label loss by the code
     year=2021,
     arxiv="2102.00650",
     code="bellymonster/Weighted-Soft-Label-Distillation@67820dd:knowledge_distiller.py",
-    exceptions={
-        "gradcheck": "the weight of an example is a constant in the gradient, as in the paper",
-        "descent": "where the teacher misses the label, to follow it raises the weight on its entropy",
-    },
+    exceptions={"gradcheck": "the weight of an example is a constant in the gradient, as in the paper"},
 )
 def wsld(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 2.0) -> Tensor:
     """-w T^2 sum_c t_c log s_c, w = 1 - exp(-CE(y, student) / CE(y, teacher)).  [..., C] x 2, [...] -> [...]

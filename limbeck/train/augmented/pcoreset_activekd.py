@@ -33,7 +33,7 @@ class PCoresetActiveKD:
 
     Labels count only once they are chosen: `start` of each class at first, then `budget` a round, by what the student
     thinks, p = softmax(z + d) / 2 + softmax(z - d) / 2. Each of rounds + 1 trainings starts anew, for the full number
-    of steps. `nets.pool.asked` counts the labels.
+    of steps. `figures` counts the labels.
 
     rounds: how often labels are bought, >= 0. budget: how many a round, >= 0; 0 is one for each class.
     start: of each class at first, >= 1, those that come first.
@@ -122,3 +122,7 @@ class PCoresetActiveKD:
                 "unlabelled": self.soft * mean(soft[n:], counts & ~pool.chosen[index]),
             },
         )
+
+    def figures(self, nets: Nets) -> dict[str, float]:
+        """How many examples a label was paid for."""
+        return {"labels_bought": float(nets.pool.asked)}

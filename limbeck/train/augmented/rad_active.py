@@ -29,7 +29,7 @@ class RADActive:
 
     Each of rounds + 1 trainings starts anew, for the full number of steps, on all that is known by then; before each
     but the first, the student looks at the pool, and `budget` of it are chosen. The teacher sees a chosen example
-    once: `nets.pool.asked` counts.
+    once: `figures` counts.
 
     rounds: how often the teacher is asked, >= 0. budget: examples a round, >= 1.
     select: who chooses: a method of data/select with a budget, with its knobs.
@@ -113,3 +113,7 @@ class RADActive:
             "student",
             mean(self.loss(logits, labels, told), torch.full_like(labels, len(known) > 0, dtype=torch.bool)),
         )
+
+    def figures(self, nets: Nets) -> dict[str, float]:
+        """How many examples the teacher was asked about."""
+        return {"teacher_queries": float(nets.pool.asked)}

@@ -38,12 +38,13 @@ class PATE:
     queries: how many labels are bought at most, >= 1.
     noise: "laplace" (LNMax) or "gaussian" (GNMax). scale: of it in votes, >= 0: 1 / gamma, the paper's is 20, or the
         deviation; 0 is the plurality, without any privacy.
+    delta: chance in (0, 1) that privacy fails, for which `figures` tells epsilon.
     augment: of the pictures that the student sees again and again; as in `data: augment`.
 
     *Needs*: labels, one an example; `index`; a factory "peer" of voters, or else "student"; no teacher. Which part an
         example belongs to hangs on its index alone. *Relates to*: with noise 0 it is bagging and hard labels.
-    *Differs*: see the card. `spent` tells the cost: `free` of what was voted may be published, while `epsilon`, which
-        is smaller, hangs on private data itself and is for those who know them.
+    *Differs*: see the card. `figures` tells the cost: `epsilon` holds whatever was voted and may be published, while
+        `epsilon_of_votes`, which is smaller, hangs on private data itself and is for those who know them.
     """
 
     voters: int = 50
@@ -51,6 +52,7 @@ class PATE:
     queries: int = 200
     noise: Literal["laplace", "gaussian"] = "laplace"
     scale: float = 20.0
+    delta: float = 1e-5
     augment: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class PATE:
         require(self.queries >= 1, "queries", self.queries, ">= 1")
         require(self.noise in ("laplace", "gaussian"), "noise", self.noise, '"laplace" or "gaussian"')
         require(self.scale >= 0, "scale", self.scale, ">= 0")
+        require(0 < self.delta < 1, "delta", self.delta, "in (0, 1)")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Build the voters, and the ledger of what they have been asked."""
@@ -108,8 +111,10 @@ class PATE:
             counts = torch.stack([nn.functional.one_hot(z.argmax(-1), z.shape[-1]) for z in said]).sum(0)
             nets.ledger.ask(batch["index"][new], inputs, counts, self.noise, self.scale)
 
-    def spent(self, nets: Nets, delta: float = 1e-5) -> dict[str, float]:
-        """Queries, and the epsilon at `delta`: whatever was voted (free), and by what was (epsilon)."""
+    def figures(self, nets: Nets) -> dict[str, float]:
+        """Labels that were voted, and the epsilon at `delta` that they cost."""
         ledger = nets.ledger
-        costs = {"free": ledger.free, "epsilon": ledger.spent}
-        return {"queries": float(ledger.asked)} | {k: epsilon(v, ledger.orders, delta) for k, v in costs.items()}
+        costs = {"epsilon": ledger.free, "epsilon_of_votes": ledger.spent}
+        return {"labels_voted": float(ledger.asked)} | {
+            k: epsilon(v, ledger.orders, self.delta) for k, v in costs.items()
+        }

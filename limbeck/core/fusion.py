@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,15 @@ def branch(nets: Nets, count: int, scheme: str) -> None:
     nets.branches = nn.ModuleList(copy.deepcopy(nets.student) for _ in range(count))
 
 
-def merge(nets: Nets, how: str, knobs: Mapping[str, float]) -> None:
-    """Give the student the weights that `core.merging` makes of its branches; it still has those it branched at."""
+def merge(nets: Nets, how: str, *, scale: float, keep: float) -> None:
+    """Give the student the weights that `core.merging` makes of its branches; it still has those it branched at.
+
+    scale: of task_arithmetic and ties; keep: of ties.
+    """
     start, states = nets.student.state_dict(), [b.state_dict() for b in nets.branches]
     check(start, states)
-    nets.student.load_state_dict(MERGES[how](start, states, **knobs))
+    knobs: dict[str, dict[str, float]] = {"ties": {"scale": scale, "keep": keep}, "task_arithmetic": {"scale": scale}}
+    nets.student.load_state_dict(MERGES[how](start, states, **knobs.get(how, {})))
 
 
 def top_logits(logits: Tensor, top: int) -> Tensor:

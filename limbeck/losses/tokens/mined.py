@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method
+from limbeck.core.fusion import partners, reworded
 from limbeck.core.maths import kl, label_logprobs, upcast
-from limbeck.core.spans import counted, edges, spread, sums
-
-NOBODY = -1e5  # the logit of a word that no word of the teacher is near to
 
 
 @method(
@@ -39,14 +37,7 @@ def mined(
     *Differs*: see the card.
     """
     z, t = upcast(student_vocab_logits), upcast(teacher_vocab_logits.detach())
-    stretches = student_spans.shape[1]
-    ones = torch.ones_like(student_spans), torch.ones_like(teacher_spans)
-    single = (sums(ones[0], student_spans, stretches) == 1) & (sums(ones[1], teacher_spans, stretches) == 1)
-    single &= counted(student_spans, teacher_spans, mask, teacher_mask)
-    partner = edges(teacher_spans, stretches)[0].gather(1, student_spans.clamp_min(0))
+    alike, partner = partners(student_spans, teacher_spans, mask, teacher_mask)
     t = t.gather(1, partner.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
-    words = z.shape[-1]
-    heirs = torch.where(nearest_words < 0, words, nearest_words).expand_as(t)
-    target = torch.full_like(z[..., :1], NOBODY).to(t).repeat(1, 1, words + 1).scatter_reduce(-1, heirs, t, "amax")
-    alike = spread(single.to(z.dtype), student_spans) > 0
-    return torch.where(alike, kl(z, target[..., :words]), -label_logprobs(z, labels))
+    target = reworded(t, nearest_words, z.shape[-1])
+    return torch.where(alike, kl(z, target), -label_logprobs(z, labels))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
+from limbeck.core.fusion import in_order
 from limbeck.core.maths import upcast
 from limbeck.core.spans import on_places
 from limbeck.core.vocabularies import ranked_distance
@@ -42,9 +43,6 @@ def uld(
     theirs = on_places(teacher_mask, teacher_vocab_logits[..., 0])
     p = (upcast(student_vocab_logits) / temperature).softmax(-1)
     q = (upcast(teacher_vocab_logits.detach()) / temperature).softmax(-1).to(p)
-    rank = mine.long().cumsum(1) - 1
-    meets = mine & (rank < theirs.sum(1, keepdim=True))
-    partner = (~theirs).long().argsort(dim=1, stable=True)  # the places that count, in order, before the others
-    partner = partner.gather(1, rank.clamp(0, partner.shape[1] - 1))
+    meets, partner = in_order(mine, theirs)
     q = q.gather(1, partner.unsqueeze(-1).expand(-1, -1, q.shape[-1]))
     return torch.where(meets, ranked_distance(p, q), 0.0)

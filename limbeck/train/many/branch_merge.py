@@ -1,19 +1,19 @@
 """Copies of one student learn a domain each from the teacher; their weights are merged into one, without training."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
+from limbeck.core.fusion import branch, merge
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.match import Match
-from limbeck.core.merging import MERGES, check
+from limbeck.core.merging import MERGES
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
 from limbeck.core.pairs import own
@@ -75,9 +75,7 @@ class BranchMerge:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Copy the student, and check the losses on one batch."""
-        if "student" in nets.taps:
-            raise BadInput("branch_merge copies its student, and what is tapped in it would not be read in the copies")
-        nets.branches = nn.ModuleList(copy.deepcopy(nets.student) for _ in range(self.branches))
+        branch(nets, self.branches, "branch_merge")
         self.whose(probe)
         pairs = [self.pair(name) for name in (*(["student"] if self.together else []), *self.players)]
         named = {pair.losses.partition(".")[2]: pair for pair in pairs}
@@ -93,14 +91,10 @@ class BranchMerge:
         first = max(1, round(self.together * steps)) if self.together else 0
         if first:
             yield Stage(first, "together", until=self.together)
-        for branch in nets.branches:
-            branch.load_state_dict(nets.student.state_dict())
+        for one in nets.branches:
+            one.load_state_dict(nets.student.state_dict())
         yield Stage(max(1, steps - first), "branches", validated=False)
-        states = [branch.state_dict() for branch in nets.branches]
-        knobs = {"ties": {"scale": self.scale, "keep": self.keep}, "task_arithmetic": {"scale": self.scale}}
-        check(nets.student.state_dict(), states)
-        merged = MERGES[self.merge](nets.student.state_dict(), states, **knobs.get(self.merge, {}))
-        nets.student.load_state_dict(merged)
+        merge(nets, self.merge, scale=self.scale, keep=self.keep)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student, or of each branch on its own examples."""

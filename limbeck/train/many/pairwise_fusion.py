@@ -66,8 +66,7 @@ class PairwiseFusion:
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """The copies; their merge is the student."""
         yield Stage(steps, "sources", validated=False)
-        knobs = {"ties": {"scale": self.scale, "keep": self.keep}, "task_arithmetic": {"scale": self.scale}}
-        merge(nets, self.merge, knobs.get(self.merge, {}))
+        merge(nets, self.merge, scale=self.scale, keep=self.keep)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of each copy."""

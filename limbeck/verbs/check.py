@@ -213,10 +213,11 @@ def _shared(recipe: Recipe, *path: Any, changes: Mapping[str, Any]) -> None:
         told = changes.get(key, {})
         given = told if isinstance(told, Mapping) else {"": told}
         for inner in (k for k in given if k not in own):
-            raise BadInput(f"{recipe.at(*path, key, *([inner] if inner else []))}all arms have the same {key}")
+            at = recipe.at(*path, key, *([inner] if inner else []))
+            raise BadInput(f"{at}all arms share the {key}; an arm may change its {own[0]} alone")
     for role, spec in (changes.get("nets") or {}).items():
         if spec is not None and spec != (recipe.model_dump(exclude_unset=True).get("nets") or {}).get(role):
-            raise BadInput(f"{recipe.at(*path, 'nets', role)}all arms have the same networks; write {role} into `nets`")
+            raise BadInput(f"{recipe.at(*path, 'nets', role)}all arms share the networks; write {role} into `nets`")
 
 
 def _control(recipe: Recipe) -> None:

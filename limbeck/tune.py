@@ -105,21 +105,21 @@ def tune(
     chosen = [(overrides, _prepared(load(path, overrides), seeds)) for overrides in combinations(grid)]
     for _, recipe in chosen:
         check_names(recipe)
-    chosen = [(overrides, _last(recipe, root, on_event)) for overrides, recipe in chosen]
-    for _, recipe in chosen:
-        if not first((place := _place(recipe, root)).exists):
+    bound = [_last(recipe, root / "tune", on_event) for _, recipe in chosen]
+    for recipe, place in bound:
+        if not first(place.exists):
             build.setting(recipe, place, on_event, False)  # rehearses it
     found: list[dict[str, list[Outcome]]] = []
     why: Diverged | None = None
-    for _, recipe in chosen:
+    for recipe, place in bound:
         try:
-            found.append(_arms(recipe, root, on_event))
+            found.append(_arms(recipe, place, root / "tune" / "shared", on_event))
         except Diverged as error:
             found.append({})
             why = error
     if why is not None and not any(found):
         raise why
-    metric = next(deciding(recipe, arms) for (_, recipe), arms in zip(chosen, found, strict=True) if arms)
+    metric = next(deciding(recipe, arms) for (recipe, _), arms in zip(bound, found, strict=True) if arms)
     trials = []
     for (overrides, _), arms in zip(chosen, found, strict=True):
         values = {arm: tuple(o.metrics[metric] for o in outcomes) for arm, outcomes in arms.items()}
@@ -136,24 +136,18 @@ def _prepared(recipe: Recipe, seeds: int) -> Recipe:
     return recipe.model_copy(update={"stages": [*before, judged]}) if before else judged
 
 
-def _last(recipe: Recipe, root: Path, on_event: Event | None) -> Recipe:
-    """The stage that is tuned, bound to what those before it made."""
-    if not recipe.stages:
-        return recipe
-    before = recipe.model_copy(update={"stages": recipe.stages[:-1]})
-    folder = root / "tune" / f"{recipe.name}-before-{before.digest}-{code_digest(before)}"
-    return before_last(recipe, folder, True, on_event, None)
-
-
-def _place(recipe: Recipe, root: Path) -> Path:
-    """The folder of a combination, whatever the number of seeds."""
+def _last(recipe: Recipe, home: Path, on_event: Event | None) -> tuple[Recipe, Path]:
+    """The stage that is tuned, bound to what those before it made, and its folder, whatever the number of seeds."""
+    if recipe.stages:
+        before = recipe.model_copy(update={"stages": recipe.stages[:-1]})
+        home = home / f"{recipe.name}-before-{before.digest}-{code_digest(before)}"
+        recipe = before_last(recipe, home, True, on_event, None)
     key = recipe.model_copy(update={"seeds": [0]}).digest
-    return root / "tune" / f"{recipe.name}-{key}-{code_digest(recipe)}"
+    return recipe, home / f"{recipe.name}-{key}-{code_digest(recipe)}"
 
 
-def _arms(recipe: Recipe, root: Path, on_event: Event | None) -> dict[str, list[Outcome]]:
-    verb, folder, shared = VERBS[recipe.do], _place(recipe, root), root / "tune" / "shared"
-    setting = build.setting(recipe, folder, on_event, resume=True)
+def _arms(recipe: Recipe, folder: Path, shared: Path, on_event: Event | None) -> dict[str, list[Outcome]]:
+    verb, setting = VERBS[recipe.do], build.setting(recipe, folder, on_event, resume=True)
     out: dict[str, list[Outcome]] = {"student": [], "control": []}
     for seed in recipe.seeds:
         for arm, outcomes in out.items():

@@ -102,7 +102,7 @@ def test_the_test_split_is_not_seen(tmp_path: Path) -> None:
 def test_of_several_stages_the_last_is_tuned_on_what_the_others_made_once(tmp_path: Path) -> None:
     one = yaml.safe_load(recipe(tmp_path).read_text())
     first = {"name": "first", "do": "train", **{key: one[key] for key in ("student", "data", "train")}}
-    last = {**one, "name": "last", "teacher": {**one["student"], "weights": "stage:first"}}
+    last = {**one, "name": "last", "teacher": {**one["student"], "weights": "first"}}
     path = tmp_path / "stages.yaml"
     path.write_text(yaml.safe_dump({"name": "both", "stages": [first, last]}))
     found = tune(path, ["stages.1.match.kd.weight=0.1,5"], seeds=2)

@@ -322,8 +322,8 @@ def _faults() -> Iterator[Fault]:
     yield _fault(
         "prompts count as completions",
         gkd,
-        "self.divergence(student, teacher), mask)",
-        "self.divergence(student, teacher))",
+        "mean(apart, mask)",
+        "mean(apart)",
         "tests/test_train_invariants.py",
     )
     yield _fault("on-policy teacher learns", gkd, 'yield "student", mean(', 'yield "teacher", mean(')

@@ -16,8 +16,18 @@ from limbeck.zoo.denoise import UNet, denoiser_mlp, unet
 from limbeck.zoo.nets import DENOISERS, NETS, build
 from limbeck.zoo.transformer import rotate
 
-TOKENS = ("bag", "prompted_encoder", "routed_encoder", "text_cnn", "text_encoder", "tiny_lm", "tiny_moe_lm")
-PICTURES = [name for name in NETS if name not in (*TOKENS, *DENOISERS, "generator", "painter", "patch_judge")]
+TOKENS = (
+    "bag",
+    "pair_encoder",
+    "prompted_encoder",
+    "routed_encoder",
+    "text_cnn",
+    "text_encoder",
+    "tiny_lm",
+    "tiny_moe_lm",
+)
+OTHERS = ("generator", "painter", "patch_judge", "frames", "conv_lstm", "darts")  # of other outputs: tested elsewhere
+PICTURES = [name for name in NETS if name not in (*TOKENS, *DENOISERS, *OTHERS)]
 
 
 def count(module: nn.Module) -> int:

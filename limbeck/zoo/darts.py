@@ -96,7 +96,8 @@ class Darts(nn.Module):
             before, last = last, cell(before, last, mix, used)
             feats.append(last)
         emb = last.mean((2, 3))
-        return {"logits": self.head(emb), "feats": feats, "emb": emb}
+        head = {"head": self.head.weight, "head_bias": self.head.bias}
+        return {"logits": self.head(emb), "feats": feats, "emb": emb, **head}
 
     @torch.no_grad()
     def choose(self, mix: Tensor) -> None:

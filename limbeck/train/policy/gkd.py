@@ -88,7 +88,5 @@ class GKD:
             batch = self.rollout(nets, batch)
         mask = completions(batch, self.prompt)
         teacher, student = hear(nets, "teacher", batch), hear(nets, "student", batch)
-        yield (
-            "student",
-            mean(compared(student, teacher, self.divergence, self.terms(), mask, batch.get("words")), mask),
-        )
+        apart = compared(student, teacher, self.divergence, self.terms(), mask, batch.get("words"))
+        yield "student", mean(apart, mask)

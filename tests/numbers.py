@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.find import get
-from limbeck.core.reduce import mean
+from limbeck.core.reduce import Part, mean
 
 VECTORS = Path(__file__).parent / "vectors"
 FP64 = torch.float64
@@ -19,6 +19,11 @@ def vector(name: str, part: str) -> dict[str, Any]:
     """One part of a file of reference numbers."""
     body: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())[part]
     return body
+
+
+def reference(name: str) -> dict[str, Any]:
+    """The numbers of the authors' code in a file of reference numbers."""
+    return vector(name, "reference")
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -40,6 +45,16 @@ def grad(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def close(a: Any, b: Any, tol: float = 1e-11) -> None:
     """Fail unless the numbers agree."""
     torch.testing.assert_close(torch.as_tensor(a, dtype=FP64), torch.as_tensor(b, dtype=FP64), rtol=tol, atol=tol)
+
+
+def near(found: Tensor | float, wanted: Any, tolerance: float = 1e-9) -> None:
+    """Fail unless a number, detached, is what it should be."""
+    torch.testing.assert_close(torch.as_tensor(found).detach(), torch.tensor(wanted), rtol=tolerance, atol=tolerance)
+
+
+def number(part: Tensor | Part) -> Tensor:
+    """The value of a loss or of a part of one."""
+    return part.value if isinstance(part, Part) else part
 
 
 def made(name: str, *args: Any, **knobs: Any) -> nn.Module:

@@ -1,7 +1,6 @@
 """Better data: stored and repaired labels, mixing, hard augmentations, and the choice of what is labelled."""
 
 import copy
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,10 @@ from limbeck.core.store import Store, StoredBatches, capture, recover
 from limbeck.core.warping import Affine, Autoencoder, Edit
 from limbeck.losses.logits.kd import kd
 from limbeck.train.augmented.cutmix_pick import deviation
+from tests.numbers import reference
 
 VECTORS = Path(__file__).parent / "vectors"
 F64 = torch.float64
-
-
-def reference(name: str) -> dict[str, Any]:
-    return dict(json.loads((VECTORS / f"{name}.json").read_text())["reference"])
 
 
 def tensor(value: Any) -> Tensor:

@@ -1,9 +1,7 @@
 """What the catalogue promises of methods without data: against the authors' numbers, on toys with a known answer."""
 
 import copy
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +21,10 @@ from limbeck.core.reduce import Part
 from limbeck.train.datafree.cmi import contrast
 from limbeck.train.datafree.dfad import discrepancy
 from limbeck.train.datafree.lra_dfkd import apart
+from tests.numbers import near, number, reference
 
 pytestmark = pytest.mark.usefixtures("double")
 GENERATED = ("zskt", "dfad", "dfq", "cmi", "fast_datafree", "lra_dfkd")
-
-
-def reference(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())["reference"]
-    return found
 
 
 def tensors(body: Any) -> Any:
@@ -40,16 +34,8 @@ def tensors(body: Any) -> Any:
     return torch.tensor(body).requires_grad_()
 
 
-def near(found: Tensor | float, wanted: Any, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(torch.as_tensor(found).detach(), torch.tensor(wanted), rtol=tolerance, atol=tolerance)
-
-
 def gradients(value: Tensor | Part, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value.value if isinstance(value, Part) else value, inputs, retain_graph=True)
-
-
-def number(part: Tensor | Part) -> Tensor:
-    return part.value if isinstance(part, Part) else part
 
 
 class Told(nn.Module):

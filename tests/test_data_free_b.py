@@ -16,27 +16,14 @@ from limbeck.core.films import frames_of, strip_of
 from limbeck.core.loop import Clock
 from limbeck.core.nets import Nets
 from limbeck.core.queries import Queries
-from limbeck.core.reduce import Part
 from limbeck.losses.logits.echodfkd import echodfkd
 from limbeck.losses.logits.kd import kd
 from limbeck.measure.agree.frame_distance import frame_distance, moment
 from limbeck.train.datafree.kd3_webly import Confidence, another_look, told_apart
 from limbeck.zoo.films import conv_lstm, frames
+from tests.numbers import near, number, reference
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def reference(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())["reference"]
-    return found
-
-
-def near(found: Tensor | float, wanted: Any, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(torch.as_tensor(found).detach(), torch.tensor(wanted), rtol=tolerance, atol=tolerance)
-
-
-def number(part: Tensor | Part) -> Tensor:
-    return part.value if isinstance(part, Part) else part
 
 
 class Told(nn.Module):

@@ -18,6 +18,7 @@ from limbeck.core.nets import Nets
 from limbeck.core.synset import SynSet, Trajectories
 from limbeck.core.unroll import Functional, krr, label_solve, relu_kernels
 from limbeck.train.datasets.dc import gradient_distance, gradients
+from tests.numbers import reference
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -28,10 +29,6 @@ def double():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def reference(name):
-    return json.loads((VECTORS / f"{name}.json").read_text())["reference"]
 
 
 class Tiny(nn.Module):

@@ -2,7 +2,6 @@
 that trust their past."""
 
 import copy
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -31,15 +30,12 @@ from limbeck.train.augmented.harmaug import HarmAug
 from limbeck.train.self.sd_darts import SDDarts
 from limbeck.zoo.darts import OPERATIONS, darts
 from limbeck.zoo.pairs import PairEncoder, apart, pair_encoder
+from tests.numbers import reference
 
 F64 = torch.float64
 VECTORS = Path(__file__).parent / "vectors"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def reference(name: str) -> dict[str, Any]:
-    return dict(json.loads((VECTORS / f"{name}.json").read_text())["reference"])
 
 
 def tensor(value: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """Mixtures of experts: the layer, steering it from outside, and the two methods that teach from all experts."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,9 @@ from limbeck.core.routing import Experts, Router, every, imbalance, renormalised
 from limbeck.train.policy.moe_augmented import MoEAugmented
 from limbeck.train.policy.student_aware_router import StudentAwareRouter
 from limbeck.zoo.nets import build
+from tests.numbers import reference
 
 VECTORS = Path(__file__).parent / "vectors"
-
-
-def reference(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())["reference"]
-    return found
 
 
 def number(value: Any) -> Tensor:

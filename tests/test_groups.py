@@ -2,9 +2,7 @@
 
 import copy
 import itertools
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +33,7 @@ from limbeck.train.many.pate import PATE
 from limbeck.train.many.rl_kd import RLKD
 from limbeck.train.online.bd_kd import BDKD
 from limbeck.train.online.kdcl import KDCL
+from tests.numbers import reference
 
 CLASSES, WIDTH, EXAMPLES, SIZE = 4, 6, 40, 8
 NOW = Clock(0, 10)
@@ -71,11 +70,6 @@ def first_batch() -> dict[str, Tensor]:
 def run(name: str, given: dict[str, Any], nets: Nets, **plan: Any) -> Fitted:
     options: dict[str, Any] = {"steps": 6, "optimizer": {"sgd": {"lr": 0.1}}, "log_every": 1} | plan
     return fit(knobs.make(name, given), nets, Batches(table(), SIZE, seed=3), Plan(**options))
-
-
-def reference(name: str) -> dict[str, Any]:
-    vector: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())["reference"]
-    return vector
 
 
 def exact(values: Any) -> Tensor:

@@ -33,14 +33,10 @@ from limbeck.core.policy import (
 )
 from limbeck.core.reduce import mean
 from tests import networks
+from tests.numbers import reference
 
 VECTORS = Path(__file__).parent / "vectors"
 WORDS, LENGTH, EXAMPLES = 6, 5, 24
-
-
-def reference(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())["reference"]
-    return found
 
 
 def tensor(value: Any) -> Tensor:

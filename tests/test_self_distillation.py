@@ -1,9 +1,7 @@
 """What the catalogue promises of students that are their own teachers: of their past, their average, their depth."""
 
 import copy
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +25,7 @@ from limbeck.losses.logits.ps_kd import PSKD
 from limbeck.losses.logits.sd_gt_guidance import sd_gt_guidance
 from limbeck.losses.logits.tfkd import tfkd, virtual_teacher
 from limbeck.train.self.self_kd_ambiguity import recalibrated
+from tests.numbers import reference
 
 CLASSES, WIDTH, EXAMPLES, SIZE = 4, 6, 40, 8
 
@@ -73,11 +72,6 @@ def trained(start: nn.Module, name: str, given: dict[str, Any], **plan: Any) -> 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def reference(name: str) -> dict[str, Any]:
-    vector: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())["reference"]
-    return vector
 
 
 class Linear(nn.Module):

@@ -1,7 +1,6 @@
 """What the catalogue promises of the training methods, each driven through the loop on toys whose answer is known."""
 
 import copy
-import json
 import math
 import signal
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from limbeck.core.errors import BadInput, Interrupted
 from limbeck.core.loop import Clock, Fitted, Plan, fit
 from limbeck.core.nets import Nets
 from limbeck.core.state import Reservoir, average
+from tests.numbers import reference
 
 CLASSES, WIDTH, EXAMPLES = 4, 8, 240
 SGD: dict[str, Any] = {"sgd": {"lr": 0.1}}
@@ -104,12 +104,6 @@ def run(name: str, given: dict[str, Any], nets: Nets, data: Any = None, **plan: 
 
 def turns(fitted: Fitted) -> list[tuple[int, str]]:
     return [(stage, player) for stage, _, player, _ in fitted.turns]
-
-
-def reference(name: str) -> dict[str, Any]:
-    vector = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text())
-    found: dict[str, Any] = vector["reference"]
-    return found
 
 
 def tensors(named: dict[str, Any]) -> dict[str, Tensor]:

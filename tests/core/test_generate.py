@@ -180,28 +180,33 @@ class Anew(nn.Module):
         return out
 
 
+def the_same_tokens(model: Any, other: Any, anew: Any, read: list[int], tolerance: float) -> None:
+    """As networks wrapped in `anew` write, which read all of a text for each token. read: tokens that `model` reads."""
+    prompts, lengths = torch.arange(15).view(3, 5), torch.tensor([5, 2, 3])
+    found = sample(model, prompts, 12, 0.0, lengths=lengths)
+    assert read == [2, *[1] * 14]  # the shortest prompt at once, then a token a step
+    assert torch.equal(found, sample(anew(model), prompts, 12, 0.0, lengths=lengths))
+    for drawn in ({"top_p": 0.8}, {"mix": True}):
+        ends = []
+        for wrap in (lambda m: m, anew):
+            torch.manual_seed(5)
+            given = {"mix": [(wrap(other), 0.3)]} if "mix" in drawn else drawn
+            ends.append(write(wrap(model), prompts, 12, lengths=lengths, **given))
+        assert torch.equal(ends[0].tokens, ends[1].tokens)
+        assert torch.allclose(ends[0].logprobs, ends[1].logprobs, atol=tolerance)
+    torch.manual_seed(6)
+    one = checked(model, other, prompts, 12, top_k=3, block=4, lengths=lengths)
+    torch.manual_seed(6)
+    again = checked(anew(model), anew(other), prompts, 12, top_k=3, block=4, lengths=lengths)
+    assert torch.equal(one.tokens, again.tokens) and one.replaced.any() and one.calls < 15 * 2
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_with_and_without_a_cache_the_tokens_are_the_same(kind: str):
     model, other = language_model(kind, 1), language_model(kind, 2)
     places: list[int] = []
     model.register_forward_hook(lambda _m, _a, given, _o: places.append(given["input_ids"].shape[1]), with_kwargs=True)
-    prompts, lengths = torch.arange(15).view(3, 5), torch.tensor([5, 2, 3])
-    found = sample(model, prompts, 12, 0.0, lengths=lengths)
-    assert places == [2, *[1] * 14]  # the shortest prompt at once, then a token a step
-    assert torch.equal(found, sample(Anew(model), prompts, 12, 0.0, lengths=lengths))
-    for drawn in ({"top_p": 0.8}, {"mix": True}):
-        ends = []
-        for wrap in (lambda m: m, Anew):
-            torch.manual_seed(5)
-            given = {"mix": [(wrap(other), 0.3)]} if "mix" in drawn else drawn
-            ends.append(write(wrap(model), prompts, 12, lengths=lengths, **given))
-        assert torch.equal(ends[0].tokens, ends[1].tokens)
-        assert torch.allclose(ends[0].logprobs, ends[1].logprobs, atol=1e-4)
-    torch.manual_seed(6)
-    one = checked(model, other, prompts, 12, top_k=3, block=4, lengths=lengths)
-    torch.manual_seed(6)
-    again = checked(Anew(model), Anew(other), prompts, 12, top_k=3, block=4, lengths=lengths)
-    assert torch.equal(one.tokens, again.tokens) and one.replaced.any() and one.calls < 15 * 2
+    the_same_tokens(model, other, Anew, places, 1e-4)
 
 
 def test_a_reader_forgets_what_changes():
@@ -240,23 +245,7 @@ def test_with_and_without_a_memory_the_tokens_are_the_same(length: int | None):
     model, other = tiny(1, length=length), tiny(2, length=length)
     read: list[int] = []
     model.embed.register_forward_hook(lambda _m, given, _o: read.append(given[0].shape[1]))
-    prompts, lengths = torch.arange(15).view(3, 5), torch.tensor([5, 2, 3])
-    found = sample(model, prompts, 12, 0.0, lengths=lengths)
-    assert read == [2, *[1] * 14]  # the shortest prompt at once, then a token a step
-    assert torch.equal(found, sample(Forgetful(model), prompts, 12, 0.0, lengths=lengths))
-    for drawn in ({"top_p": 0.8}, {"mix": True}):
-        ends = []
-        for wrap in (lambda m: m, Forgetful):
-            torch.manual_seed(5)
-            given = {"mix": [(wrap(other), 0.3)]} if "mix" in drawn else drawn
-            ends.append(write(wrap(model), prompts, 12, lengths=lengths, **given))
-        assert torch.equal(ends[0].tokens, ends[1].tokens)
-        assert torch.allclose(ends[0].logprobs, ends[1].logprobs, atol=1e-5)
-    torch.manual_seed(6)
-    one = checked(model, other, prompts, 12, top_k=3, block=4, lengths=lengths)
-    torch.manual_seed(6)
-    again = checked(Forgetful(model), Forgetful(other), prompts, 12, top_k=3, block=4, lengths=lengths)
-    assert torch.equal(one.tokens, again.tokens) and one.replaced.any() and one.calls < 15 * 2
+    the_same_tokens(model, other, Forgetful, read, 1e-5)
 
 
 def test_a_memory_grows_forgets_and_holds_no_more_than_its_room():

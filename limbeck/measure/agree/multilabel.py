@@ -5,6 +5,7 @@ from torch import Tensor
 
 from limbeck.core.bernoulli import multi_hot
 from limbeck.core.card import method, require
+from limbeck.core.ranking import ranked
 
 
 @method(
@@ -31,25 +32,8 @@ def multilabel(student_logits: Tensor, labels: Tensor, *, threshold: float = 0.5
     require(len(labels) > 0, "labels", tuple(labels.shape), "the labels of at least one example")
     z = student_logits.double().nan_to_num(nan=float("-inf"))
     y = multi_hot(labels, student_logits) > 0.5
-    told = [_ranked(z[:, c], y[:, c]) for c in range(z.shape[1]) if y[:, c].any() and not y[:, c].all()]
+    told = [ranked(z[:, c], y[:, c]) for c in range(z.shape[1]) if y[:, c].any() and not y[:, c].all()]
     precision, area = torch.tensor(told, dtype=torch.float64).mean(0).tolist() if told else (0.0, 0.0)
     yes = z.sigmoid() > threshold
     right, wrong = (yes & y).sum().item(), (yes != y).sum().item()
     return {"map": precision, "auroc": area, "f1": 2 * right / max(1, 2 * right + wrong)}
-
-
-def _ranked(scores: Tensor, present: Tensor) -> tuple[float, float]:
-    """Average precision, and area under the ROC curve, of scores [N]; equal scores are one threshold."""
-    order = scores.argsort(descending=True)
-    ranked = scores[order]
-    last = torch.ones_like(present)
-    last[:-1] = ranked[1:] != ranked[:-1]
-    hits = present[order].double().cumsum(0)[last]
-    misses = (~present[order]).double().cumsum(0)[last]
-    recall, fallout = hits / hits[-1], misses / misses[-1]
-    start = recall.new_zeros(1)
-    gained = recall.diff(prepend=start)
-    precision = (gained * hits / (hits + misses)).sum()
-    before = torch.cat([start, recall[:-1]])
-    area = (fallout.diff(prepend=start) * (recall + before) / 2).sum()
-    return precision.item(), area.item()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
+from limbeck.core.ranking import ranked
 
 
 @method(
@@ -37,15 +38,4 @@ def rare_class(student_logits: Tensor, labels: Tensor, *, positive: int = 1) -> 
     odds = (logits[..., positive] - others).nan_to_num(nan=float("-inf"))
     said = logits.argmax(-1) == positive
     right, wrong = int((said & present).sum()), int((said != present).sum())
-    return {"auprc": _average_precision(odds, present), "positive_f1": 2 * right / max(1, 2 * right + wrong)}
-
-
-def _average_precision(scores: Tensor, present: Tensor) -> float:
-    order = scores.argsort(descending=True)
-    ranked, hits = scores[order], present[order].double().cumsum(0)
-    last = torch.ones_like(present)
-    last[:-1] = ranked[1:] != ranked[:-1]
-    count = torch.arange(1, len(scores) + 1, device=scores.device)[last]
-    hits = hits[last]
-    gained = hits.diff(prepend=hits.new_zeros(1))
-    return float((gained * hits / count).sum() / hits[-1].clamp_min(1))
+    return {"auprc": ranked(odds, present)[0], "positive_f1": 2 * right / max(1, 2 * right + wrong)}

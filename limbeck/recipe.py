@@ -192,6 +192,7 @@ class Train(_Strict):
     minutes: float | None = Field(None, gt=0, description="stop after that time; schedules then follow the clock")
     batch_size: int = Field(128, gt=0, description="examples of a batch, over all processes")
     per_class: int | None = Field(None, gt=0, description="class-balanced batches with that many of each class")
+    labelled: int | None = Field(None, gt=0, description="of a batch, how many have a label, where not all have one")
     optimizer: Spec = Field(
         default_factory=lambda: {"adam": {"lr": 1e-3}}, description="of every player, unless the method has its own"
     )

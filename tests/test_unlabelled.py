@@ -62,6 +62,39 @@ def test_labels_alone_are_batches_a_class() -> None:
     assert seen.bincount().tolist() == [18, 18, 18]
 
 
+def test_a_batch_holds_as_many_labelled_examples_as_asked_for_in_any_world_and_after_a_resume():
+    data = load(SPEC).train  # a few of three classes have labels
+    known = int((data["labels"] >= 0).sum())
+    options = {"labelled": 4, "seed": 3, "augment": ["flip"]}
+    batches = Batches(data, 16, **options)
+    seen = [next(batches) for _ in range(2 * known // 4)]
+    assert all((b["labels"][:4] >= 0).all() and (b["labels"][4:] < 0).all() and len(b["labels"]) == 16 for b in seen)
+    rows = torch.cat([b["index"][:4] for b in seen])
+    assert rows.bincount().max() == 2 and len(rows.unique()) >= known - 3  # whole passes over them
+    assert len(torch.cat([b["index"][4:] for b in seen]).unique()) > 12
+    resumed = Batches(data, 16, **options)
+    resumed.load_state_dict({"position": 2})
+    assert torch.equal(next(resumed)["inputs"], seen[2]["inputs"])
+    ranks = [next(Batches(data, 16, rank=rank, world=2, **options)) for rank in range(2)]
+    assert all((b["labels"] >= 0).tolist() == [True] * 2 + [False] * 6 for b in ranks)
+    assert {int(i) for b in ranks for i in b["index"]} == {int(i) for i in seen[0]["index"]}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"labelled": 16}, "makes batches of 16 with 0 unlabelled examples"),
+        ({"labelled": 22}, "makes batches of 16 with 22 labelled examples"),
+        ({"labelled": 4, "per_class": 2}, "both say what a batch is made of"),
+        ({"labelled": 3, "world": 2}, "2 processes cannot share batches of 3"),
+    ],
+)
+def test_batches_that_cannot_be_made_of_labelled_examples(options, said):
+    size = None if "per_class" in options else 16
+    with pytest.raises(BadInput, match=said):
+        Batches(load(SPEC).train, size, **options)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [

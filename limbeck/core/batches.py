@@ -211,8 +211,9 @@ class Batches:
     batch_size: examples of a *global* batch. shuffle: a new order each epoch, a pure function of (seed, epoch).
     drop_last: leave out the short batch at an epoch's end. augment: a recipe's list (see core/augment), for images;
     its parameters come with the batch as "draw" [B, P]. per_class: instead of `batch_size`, that many examples of each
-    class, in class order, each class walking through its own shuffled passes. rank, world: this process takes
-    its own slice of every global batch; the slices together are the batch of one process, augmentations included.
+    class, in class order, each class walking through its own shuffled passes. labelled: that many of each batch have a
+    label, and come first; the others have none (-100). rank, world: this process takes its own slice of every global
+    batch; the slices together are the batch of one process, augmentations included.
     """
 
     def __init__(
@@ -225,31 +226,39 @@ class Batches:
         drop_last: bool = True,
         augment: Sequence[object] = (),
         per_class: int | None = None,
+        labelled: int | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.table = table.check()
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.per_class, self.rank, self.world = per_class, rank, world
+        self.rank, self.world = rank, world
         self.position = 0
         self.augment = self._augment(augment)
         self._cache: tuple[object, Tensor] = (None, torch.empty(0))
         if not 0 <= rank < world:
             raise BadInput(f"rank must be in [0, {world}), got {rank}")
-        self._members = self._classes(per_class) if per_class is not None else []
+        self._groups: list[tuple[Tensor, int]] = []  # rows that a batch takes some of, and how many
         if per_class is not None:
-            wanted = per_class * len(self._members)
+            if labelled is not None:
+                raise BadInput("per_class and labelled both say what a batch is made of; give one of them")
+            self._groups = self._classes(per_class)
+            wanted = per_class * len(self._groups)
             if batch_size not in (None, wanted):
                 raise BadInput(f"per_class {per_class} makes batches of {wanted}, but batch_size is {batch_size}")
             batch_size = wanted
         if batch_size is None or batch_size < 1:
             raise BadInput(f"batch_size must be >= 1, got {batch_size}")
+        if labelled is not None:
+            self._groups = self._labelled(labelled, batch_size)
         if batch_size > len(table) and per_class is None:
             raise BadInput(f"batch_size {batch_size} is larger than {table.name}, which has {len(table)} examples")
-        share = per_class if per_class is not None else batch_size
-        last = 0 if drop_last or per_class is not None else len(table) % batch_size
-        if share % world or (last and last < world):
-            raise BadInput(f"{world} processes cannot share batches of {last or share}; choose a multiple of {world}")
+        last = 0 if drop_last or self._groups else len(table) % batch_size
+        for share in [count for _, count in self._groups] or [batch_size]:
+            if share % world or (last and last < world):
+                raise BadInput(
+                    f"{world} processes cannot share batches of {last or share}; choose a multiple of {world}"
+                )
         self.batch_size = batch_size
 
     def _augment(self, spec: Sequence[object]) -> Augment | None:
@@ -257,7 +266,7 @@ class Batches:
             raise BadInput(f"augment is for images, but {self.table.name} holds {self.table.kind}")
         return build(spec, self.table["inputs"].shape[-1], self.table.black) if spec else None
 
-    def _classes(self, per_class: int) -> list[Tensor]:
+    def _classes(self, per_class: int) -> list[tuple[Tensor, int]]:
         count = self.table.num_classes
         if not count or self.table["labels"].ndim != 1:
             raise BadInput(f"per_class needs class labels, and {self.table.name} has none")
@@ -266,12 +275,25 @@ class Batches:
         if not 1 <= per_class <= len(members[smallest]):
             has = len(members[smallest])
             raise BadInput(f"per_class must be in [1, {has}], the size of class {smallest}, got {per_class}")
-        return members
+        return [(rows, per_class) for rows in members]
+
+    def _labelled(self, labelled: int, batch_size: int) -> list[tuple[Tensor, int]]:
+        if not self.table.num_classes or self.table["labels"].ndim != 1:
+            raise BadInput(f"labelled needs class labels, and {self.table.name} has none")
+        known = self.table["labels"].cpu() >= 0
+        groups = [(known.nonzero()[:, 0], labelled), ((~known).nonzero()[:, 0], batch_size - labelled)]
+        for name, (rows, count) in zip(("labelled", "unlabelled"), groups, strict=True):
+            if not 1 <= count <= len(rows):
+                raise BadInput(
+                    f"labelled {labelled} makes batches of {batch_size} with {count} {name} examples; it must be at "
+                    f"least one, and {self.table.name} has {len(rows)}"
+                )
+        return groups
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one pass; with `per_class`, in the time that as many examples as the table holds go by."""
-        if self.per_class is not None:
+        """Batches in one pass; when made of groups, in the time that as many examples as the table holds go by."""
+        if self._groups:
             return max(1, len(self.table) // self.batch_size)
         return len(self.table) // self.batch_size if self.drop_last else math.ceil(len(self.table) / self.batch_size)
 
@@ -285,27 +307,23 @@ class Batches:
 
     def indices(self, position: int) -> Tensor:
         """Rows of the global batch at `position`, whatever has been served before."""
-        if self.per_class is not None:
-            return torch.cat([self._of_class(c, position) for c in range(len(self._members))])
+        if self._groups:
+            return torch.cat([self._of_group(g, position) for g in range(len(self._groups))])
         number, step = divmod(position, self.steps_per_epoch)
         if self._cache[0] != number:
             self._cache = (number, self._order(len(self.table), "epoch", number))
         return self._cache[1][step * self.batch_size : (step + 1) * self.batch_size]
 
-    def _of_class(self, c: int, position: int) -> Tensor:
-        n = self.per_class or 1
-        passes, step = divmod(position, len(self._members[c]) // n)
-        order = self._order(len(self._members[c]), "class", c, passes)
-        return self._members[c][order[step * n : (step + 1) * n]]
+    def _of_group(self, g: int, position: int) -> Tensor:
+        rows, n = self._groups[g]
+        passes, step = divmod(position, len(rows) // n)
+        order = self._order(len(rows), "class", g, passes)
+        return rows[order[step * n : (step + 1) * n]]
 
     def _slice(self, size: int) -> Tensor:
-        """Places of this rank in a global batch of `size`; with `per_class`, its share of every class."""
-        places = torch.arange(size)
-        if self.world == 1:
-            return places
-        if self.per_class is not None:
-            return places.view(-1, self.per_class).tensor_split(self.world, 1)[self.rank].flatten()
-        return places.tensor_split(self.world)[self.rank]
+        """Places of this rank in a global batch of `size`: its share of every group."""
+        counts = [count for _, count in self._groups] or [size]
+        return torch.cat([part.tensor_split(self.world)[self.rank] for part in torch.arange(size).split(counts)])
 
     def __iter__(self) -> Iterator[Batch]:
         return self

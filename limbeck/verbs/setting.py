@@ -307,6 +307,7 @@ def batches_of(recipe: Recipe, table: Table, seed: int, *, train: Train | None =
         seed=seed,
         augment=recipe.data.augment if augment and recipe.data else (),
         per_class=train.per_class,
+        labelled=train.labelled,
         rank=state.process_index,
         world=state.num_processes,
     )

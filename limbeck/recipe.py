@@ -356,12 +356,21 @@ Recipe.model_rebuild()
 Net.model_rebuild()
 
 
-def _usual(body: dict[str, Any]) -> dict[str, Any]:
-    """Without keys that evidence is older than, where they say what was done before them."""
-    told = {key: value for key, value in body.items() if (key, value) not in (("split", "test"), ("beside", {}))}
-    if told.get("store") is not None:
-        told["store"] = {key: value for key, value in told["store"].items() if (key, value) != ("kind", None)}
-    return told | {"stages": [_usual(stage) for stage in body["stages"]]}
+LATER: dict[str, dict[str, Any]] = {  # keys that evidence is older than, where they say what was done before them
+    "stages": {"split": "test", "beside": {}},
+    "store": {"kind": None},
+    "train": {"labelled": None},
+}
+
+
+def _usual(body: Any, key: str = "stages") -> Any:
+    """What is under `key` of a recipe, without what `LATER` names."""
+    if isinstance(body, list):
+        return [_usual(part, key) for part in body]
+    if not isinstance(body, dict):
+        return body
+    late = LATER.get(key, {})
+    return {k: _usual(v, k) for k, v in body.items() if k not in late or v != late[k]}
 
 
 MODELS: dict[Any, type[BaseModel]] = {

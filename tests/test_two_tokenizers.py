@@ -14,9 +14,13 @@ from limbeck.adapters import words
 from limbeck.adapters.likeness import distance, nearest_words, projection
 from limbeck.adapters.pairing import retell, same_words
 from limbeck.adapters.pieces import pieces_of, placed
-from limbeck.core import maths
+from limbeck.core import knobs, maths
 from limbeck.core.batches import Batches, Table
 from limbeck.core.errors import BadInput
+from limbeck.core.loop import Clock
+from limbeck.core.nets import Nets
+from limbeck.core.policy import rollout
+from limbeck.core.reduce import mean
 from limbeck.core.spans import align, counted, edges, joined, spread, sums
 from limbeck.core.vocabularies import chained, ranked_distance, real_words
 from limbeck.losses.logits.forward_kl import forward_kl
@@ -28,6 +32,7 @@ from limbeck.losses.tokens.mined import mined
 from limbeck.losses.tokens.uld import uld
 from limbeck.losses.tokens.xtoken import xtoken
 from limbeck.recipe import Net, Recipe
+from limbeck.zoo.transformer import tiny_lm
 
 LATIN = "the cat sat on the mat, then the other cats sat there. naïve café, Ångström; \t\ttabs and   spaces\n\n  end "
 OTHER = "日本語のテキスト 한국어 Привет 😀👩‍👩‍👧 e\u0301 ½ ﬁ 12345\r\n 🇩🇪 שלום"
@@ -222,6 +227,65 @@ def test_constants_come_with_every_batch(tokenizers: dict[str, object]) -> None:
     assert torch.equal(told["labels"], table["teacher_labels"]) and told.vocab == 290 and not told.constants
     with pytest.raises(BadInput, match="column and a constant called `inputs`"):
         Table(table.columns, constants={"inputs": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("teacher", ["fallback", "bpe"])
+def test_new_texts_are_read_as_the_table_was(tokenizers: dict[str, object], teacher: str) -> None:
+    """Rows that do not follow one another are texts of their own, as those are that a student writes."""
+    plain = _table(tokenizers["byte level"]).select([5, 0, 7, 2])
+    table, _ = retell(plain, tokenizers[teacher])
+    assert table.retell is not None and table.retold().retell is None
+    told = table.retell(plain["inputs"], plain["labels"], plain["mask"])
+    for name, column in told.items():
+        assert torch.equal(column, table[name]), name
+    late = plain["mask"] & (torch.arange(plain["mask"].shape[1]) >= 9)
+    part = table.retell(plain["inputs"], plain["labels"], late)
+    assert torch.equal(part["teacher_labels"], told["teacher_labels"])  # the prompt is read, but does not count
+    assert 0 < part["teacher_mask"].sum() < told["teacher_mask"].sum()
+    words_of = pieces_of(tokenizers[teacher]).words
+    for row in range(4):
+        said = b"".join(words_of[i] for i in part["teacher_labels"][row][part["teacher_mask"][row]].tolist())
+        asked = plain["labels"][row][late[row]].tolist()
+        assert said and said in b"".join(pieces_of(tokenizers["byte level"]).words[i] for i in asked)
+
+
+def test_two_tokenizers_meet_on_what_the_student_writes(tokenizers: dict[str, object]) -> None:
+    table, _ = retell(_table(tokenizers["byte level"]), tokenizers["bpe"])
+    torch.manual_seed(0)
+    nets = Nets(
+        student=tiny_lm(vocab=table.vocab, width=16, layers=1),
+        teacher=tiny_lm(vocab=290, width=16, layers=1),
+    )
+    batch = {**next(Batches(table, 4)), "progress": 0.0}
+    spec = knobs.make("distillspec", {"match": ({"gold": {"weight": 2.0}},), "prompt": 5})
+    new = spec.texts(nets, batch)
+    assert torch.equal(new["inputs"][:, :5], batch["inputs"][:, :5]) and not torch.equal(new["labels"], batch["labels"])
+    mine, theirs = pieces_of(tokenizers["byte level"]).words, pieces_of(tokenizers["bpe"]).words
+    for row in range(4):
+        spans, others = new["student_spans"][row], new["teacher_spans"][row]
+        assert int(spans.max()) > 3
+        for number in range(int(spans.max()) + 1):
+            text = _text(mine, new["labels"][row], spans, number)
+            assert text and text == _text(theirs, new["teacher_labels"][row], others, number)
+    spec.setup(nets, batch)
+    torch.manual_seed(1)
+    (player, parts), *rest = spec.step(nets, batch, Clock(0, 10))
+    assert player == "student" and not rest
+    torch.manual_seed(1)
+    same = spec.texts(nets, batch)
+    outs = nets.run("student", same)["logits"], nets.run("teacher", same)["logits"]
+    told = [same[n] for n in ("labels", "teacher_labels", "student_spans", "teacher_spans", "same_words")]
+    value = mean(gold(*outs, *told, same["mask"], same["teacher_mask"]), same["mask"])
+    assert float(parts["gold"]) == pytest.approx(2 * float(value), rel=1e-5)
+    parts["gold"].value.backward()
+    assert all(p.grad is None for p in nets.teacher.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in nets.student.parameters())
+    with pytest.raises(BadInput, match="`target` must be 0"):
+        knobs.make("distillspec", {"match": ("gold",), "draft": 0.5, "target": 0.5}).setup(nets, batch)
+    with pytest.raises(BadInput, match="only `distillspec` reads what the student writes"):
+        knobs.make("gkd", {}).setup(nets, batch)
+    with pytest.raises(BadInput, match="only `distillspec` reads what the student writes"):
+        rollout(batch, lambda p, n, **_: torch.ones(4, p.shape[1] + n, dtype=torch.long))
 
 
 # ---- vocabularies ----------------------------------------------------------------------------------------------------

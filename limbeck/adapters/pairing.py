@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from limbeck.core.batches import Splits, Table
 from limbeck.core.errors import BadInput, nearest
 from limbeck.core.spans import Counts, Span, align
 
-__all__ = ["CONSTANTS", "Report", "retell", "retell_all", "retell_several", "same_words", "word_starts"]
+__all__ = ["CONSTANTS", "Report", "Retell", "retell", "retell_all", "retell_several", "same_words", "word_starts"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,7 @@ def retell(table: Table, tokenizer: Any, *, constants: Sequence[str] = ("same_wo
         )
     student, teacher = pieces_of(table.tokenizer), pieces_of(tokenizer)
     reader = _Reader(student, teacher)
-    counts, columns = Counts(), _Columns(teacher.pad, table["inputs"].shape[1])
-    for mine, theirs, mask in reader.rows(table):
-        labels = [span for _, span in mine[1:]]
-        my_spans, their_spans, found = align(labels, [span for _, span in theirs[1:]])
-        counts += found
-        columns.add(my_spans, theirs, their_spans, None if mask.all() else _counted(labels, mask.tolist()))
+    columns, counts = _told(reader, table.columns, one_text=_one_text)
     found_words = same_words(student, teacher)
     made = {name: _constant(name)(student, teacher) for name in constants}
     report = Report(
@@ -89,11 +84,28 @@ def retell(table: Table, tokenizer: Any, *, constants: Sequence[str] = ("same_wo
     flat = {n: c for part in made.values() for n, c in part.items()}
     both = replace(
         table,
-        columns={**table.columns, **columns.tensors()},
+        columns={**table.columns, **columns},
         constants={**table.constants, **flat},
         teacher_tokenizer=tokenizer,
+        retell=Retell(student, teacher),
     )
     return both, report
+
+
+@dataclass(frozen=True)
+class Retell:
+    """Reads texts that are new, such as those that a student writes, in the teacher's tokens."""
+
+    student: Pieces
+    teacher: Pieces
+
+    def __call__(self, inputs: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What `retell` adds for texts of their own: [B, T] each -> teacher_* [B, U] and both spans, on their device.
+
+        U is as long as these texts need. Bytes that are no whole characters are in no stretch.
+        """
+        columns, _ = _told(_Reader(self.student, self.teacher), {"inputs": inputs, "labels": labels, "mask": mask})
+        return {name: column.to(inputs.device) for name, column in columns.items()}
 
 
 def retell_all(
@@ -137,6 +149,24 @@ def _aligned(table: Table, report: Report, note: Callable[[str], None] | None) -
         note(str(report))
 
 
+def _told(
+    reader: _Reader, table: Mapping[str, Tensor], *, one_text: Callable[[Tensor, Tensor, Tensor], bool] | None = None
+) -> tuple[dict[str, Tensor], Counts]:
+    """The new columns for those of a table, and what could be aligned; one_text: whether its rows follow another."""
+    counts, columns = Counts(), _Columns(reader.teacher.pad, table["inputs"].shape[1])
+    for mine, theirs, mask in reader.rows(table, one_text):
+        labels = [span for _, span in mine[1:]]
+        my_spans, their_spans, found = align(labels, [span for _, span in theirs[1:]])
+        counts += found
+        columns.add(my_spans, theirs, their_spans, None if mask.all() else _counted(labels, mask.tolist()))
+    return columns.tensors(), counts
+
+
+def _one_text(inputs: Tensor, labels: Tensor, real: Tensor) -> bool:
+    """Whether the rows are stretches of one text, each beginning with the token that the one before ends with."""
+    return len(inputs) > 1 and bool(real[:-1].all()) and torch.equal(inputs[1:, 0], labels[:-1, -1])
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 Token = tuple[int, Span]
 
@@ -157,17 +187,19 @@ class _Reader:
         if mine.end is not None and self._names.get(mine.end) is None:
             self._names[mine.end] = theirs.end
 
-    def rows(self, table: Table) -> Iterator[tuple[list[Token], list[Token], Tensor]]:
+    def rows(
+        self, table: Mapping[str, Tensor], one_text: Callable[[Tensor, Tensor, Tensor], bool] | None
+    ) -> Iterator[tuple[list[Token], list[Token], Tensor]]:
         """Of each row the student's tokens with their places in the text, the teacher's, and which labels count."""
         inputs, labels = table["inputs"].cpu(), table["labels"].cpu()
-        mask = table.columns.get("mask", torch.ones_like(labels)).cpu().bool() & (labels >= 0)
+        mask = table.get("mask", torch.ones_like(labels)).cpu().bool() & (labels >= 0)
         labels = torch.where(labels < 0, torch.cat([inputs[:, 1:], inputs[:, -1:]], 1), labels)  # -100 hides a token
         real = mask.long().flip(1).cummax(1).values.flip(1).bool()  # prompts are read, though they are not predicted
-        if "attention_mask" in table.columns:
+        if "attention_mask" in table:
             seen = table["attention_mask"].cpu().bool()
             real = real | torch.cat([seen[:, :-1] & seen[:, 1:], torch.zeros_like(seen[:, :1])], 1)
         sizes = real.sum(1).tolist()
-        if len(table) > 1 and bool(real[:-1].all()) and torch.equal(inputs[1:, 0], labels[:-1, -1]):
+        if one_text is not None and one_text(inputs, labels, real):
             line = [*inputs[0, :1].tolist(), *labels[real].tolist()]
             mine, theirs = self.both(line)
             starts, ends = [s for _, (s, _) in theirs], [e for _, (_, e) in theirs]

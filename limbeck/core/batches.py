@@ -22,7 +22,7 @@ from limbeck.core.errors import BadInput
 
 __all__ = ["Batch", "Batches", "Enriched", "Splits", "Stream", "Table", "Tokenizer", "epoch", "generator", "split"]
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and `retell` where there are two tokenizers
 Kind = Literal["images", "tokens", "vectors", "rows"]
 
 
@@ -52,7 +52,8 @@ class Table:
     mean, std: what was subtracted from and divided out of each channel, in the scale where white is 1.
     tokenizer: made the token ids. rows: the raw text rows, kept with their provenance. constants: tensors that belong
     to no example and come with every batch, such as `same_words`. teacher_tokenizer: made the ids in the teacher_*
-    columns, which hold the same text once more. cloze: which of the tokens are hidden is drawn anew in every batch.
+    columns, which hold the same text once more; retell makes such columns of texts that are new. cloze: which of the
+    tokens are hidden is drawn anew in every batch.
     """
 
     columns: dict[str, Tensor]
@@ -65,6 +66,7 @@ class Table:
     rows: list[dict[str, Any]] | None = field(default=None, repr=False)
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
     teacher_tokenizer: Tokenizer | None = field(default=None, repr=False)
+    retell: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = field(default=None, repr=False)
     cloze: Cloze | None = None
 
     def __post_init__(self) -> None:
@@ -141,7 +143,9 @@ class Table:
             return self
         said = ("inputs", "labels", "mask", "attention_mask")
         told = {name: self.columns[f"teacher_{name}"] for name in said if f"teacher_{name}" in self.columns}
-        return replace(self, columns=told, constants={}, tokenizer=self.teacher_tokenizer, teacher_tokenizer=None)
+        return replace(
+            self, columns=told, constants={}, tokenizer=self.teacher_tokenizer, teacher_tokenizer=None, retell=None
+        )
 
     def check(self) -> Table:
         """Itself, or BadInput when it is empty or holds nan or inf."""
@@ -331,8 +335,10 @@ class Batches:
     def __next__(self) -> Batch:
         rows, position = self.indices(self.position), self.position
         mine = self._slice(len(rows))
-        batch = {name: column[rows[mine].to(column.device)] for name, column in self.table.columns.items()}
+        batch: Batch = {name: column[rows[mine].to(column.device)] for name, column in self.table.columns.items()}
         batch |= {"index": rows[mine], **self.table.constants}
+        if self.table.retell is not None:
+            batch["retell"] = self.table.retell
         if self.augment is not None:
             params = self.augment.draw(generator(self.seed, "augment", position), len(rows))[mine]
             batch["inputs"], batch["draw"] = self.augment.apply(batch["inputs"], params), params

@@ -18,6 +18,11 @@ from limbeck.core.loop import Stage
 from limbeck.core.maths import js, kl, reverse_kl
 from limbeck.core.nets import Batch, Nets, evaluating
 
+ONE_TOKENIZER = (
+    "texts written during training need a teacher with the student's tokenizer; this one has another, and only "
+    "`distillspec` reads what the student writes in the tokens of both"
+)
+
 # ---------------------------------------------------------------- prompts and completions
 
 
@@ -46,15 +51,14 @@ def completions(batch: Batch, prompt: int = 1) -> Tensor:
     return mask & batch["mask"].bool() if "mask" in batch else mask
 
 
-def told_anew(batch: Batch, tokens: Tensor, begun: Tensor, end: int = -1) -> Batch:
+def told_anew(batch: Batch, tokens: Tensor, begun: Tensor, end: int = -1, *, retell: bool = False) -> Batch:
     """The batch with other texts [B, T + 1], of which everything from place `begun` [B] on counts, up to the end.
 
-    What a store or another tokenizer says of the old texts is left out.
+    What a store says of the old texts is left out. retell: where the teacher has another tokenizer, read the new texts
+    in its tokens, by the batch's `retell`, so that losses between two tokenizers can be had of them.
     """
-    if "teacher_inputs" in batch:
-        raise BadInput(
-            "texts written during training need a teacher with the student's tokenizer; this one has another"
-        )
+    if "teacher_inputs" in batch and not (retell and "retell" in batch):
+        raise BadInput(ONE_TOKENIZER)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     written = torch.arange(tokens.shape[1], device=tokens.device) >= begun[:, None]
     mask = written[:, 1:]
@@ -64,19 +68,21 @@ def told_anew(batch: Batch, tokens: Tensor, begun: Tensor, end: int = -1) -> Bat
     new |= {"inputs": inputs, "labels": labels, "mask": mask}
     if "attention_mask" in batch:
         new["attention_mask"] = torch.ones_like(inputs)
-    return new
+    return new | batch["retell"](inputs, labels, mask) if "teacher_inputs" in batch else new
 
 
-def rollout(batch: Batch, write: Callable[..., Tensor], *, prompt: int = 1, end: int = -1) -> Batch:
+def rollout(
+    batch: Batch, write: Callable[..., Tensor], *, prompt: int = 1, end: int = -1, retell: bool = False
+) -> Batch:
     """The batch with completions written anew, from the same prompts and to the same length.
 
     write: (prompts [B, P], length, *, lengths [B], end) -> [B, P + length], such as `generate.sample` of a network.
-    end: id of the token that ends a text, -1 for none; what follows it does not count.
+    end: id of the token that ends a text, -1 for none; what follows it does not count. retell: see `told_anew`.
     """
     old, begun = text(batch), starts(batch, prompt)
     longest = int(begun.max())
     new = write(old[:, :longest], old.shape[1] - longest, lengths=begun, end=end if end >= 0 else None)
-    return told_anew(batch, new, begun, end)
+    return told_anew(batch, new, begun, end, retell=retell)
 
 
 def own_words(nets: Nets, batch: Batch, chance: float, *, temperature: float, prompt: int, end: int) -> Batch:

@@ -16,6 +16,7 @@ from limbeck.core.headloss import Head, Logits, Term, divergences, head_loss
 from limbeck.core.headloss.route import head_of, height
 from limbeck.core.maths import label_logprobs
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.policy import ONE_TOKENIZER
 from limbeck.core.reduce import Part, mean
 
 Voice = Tensor | Head
@@ -28,9 +29,7 @@ def spare(nets: Nets, probe: Batch, *players: str) -> None:
     Raises BadInput where the teacher reads its own tokens: nobody has aligned texts that are not written yet.
     """
     if "teacher_inputs" in probe:
-        raise BadInput(
-            "texts written during training need a teacher with the student's tokenizer; this one has another"
-        )
+        raise BadInput(ONE_TOKENIZER)
     with torch.no_grad(), evaluating(*nets.modules.values()):
         heights = {player: height(nets, player, probe) for player in players}
     learner = heights[players[0]]

@@ -16,7 +16,7 @@ LEAST = 1e-8  # what the authors' code takes smaller probabilities for
     year=2025,
     code="huggingface/trl@f2cd577:trl/experimental/gold/gold_trainer.py",
     differs="tokens of a stretch are merged by the chain rule only (`bayesian`): the code's default `observed` takes "
-    "probabilities of the next token for its own; on text at hand, not on the student's samples",
+    "probabilities of the next token for its own; texts that the student writes are brought by `distillspec`",
 )
 def gold(
     student_vocab_logits: Tensor,
@@ -44,7 +44,7 @@ def gold(
 
     *Needs*: two tokenizers in the batch, with `same_words`; a stretch with a masked place does not count.
     *Relates to*: add `ce`; weight 0.5 to 2. `uld` without alignment, `alm` without distributions; with one tokenizer,
-        `js`.
+        `js`. In `distillspec` it is on-policy, as in the code.
     *Differs*: see the card.
     """
     require(0 < beta < 1, "beta", beta, "in (0, 1)")

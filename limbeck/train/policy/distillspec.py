@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from limbeck.core.card import method, require
+from limbeck.core.errors import BadInput
 from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
@@ -38,7 +39,9 @@ class DistillSpec:
     prompt: tokens at the start of each text that are given, >= 1; more where the batch's mask begins later.
     end: id of the token that ends a text, -1 for none.
 
-    *Needs*: nets.teacher (the target) and nets.student (the draft) over one vocabulary. *Relates to*: the measure
+    *Needs*: nets.teacher (the target) and nets.student (the draft) over one vocabulary, or losses between two
+    tokenizers, such as `gold` or `alm`, for which every text of the draft is read anew in the teacher's tokens (the
+    target then cannot write). *Relates to*: the measure
     `acceptance` for what came of it; `gkd` is the same with one divergence. *Differs*: see the card.
     """
 
@@ -63,6 +66,8 @@ class DistillSpec:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that every loss finds what it asks for, and build the losses that own weights."""
+        if self.target and "teacher_inputs" in probe:
+            raise BadInput("the teacher cannot write for a student with another tokenizer: `target` must be 0")
         self.pair.own(nets, probe)
 
     def texts(self, nets: Nets, batch: Batch) -> Batch:
@@ -71,7 +76,8 @@ class DistillSpec:
         if r >= self.draft + self.target:
             return {**batch, "mask": completions(batch, self.prompt)}
         writer = nets.student if r < self.draft else nets.teacher
-        return rollout(batch, partial(sample, writer, temperature=self.sampling), prompt=self.prompt, end=self.end)
+        write = partial(sample, writer, temperature=self.sampling)
+        return rollout(batch, write, prompt=self.prompt, end=self.end, retell=True)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the draft."""

@@ -416,3 +416,27 @@ def test_it_beats_its_start_with_three_entries_and_resumes_with_the_same_bits(tm
     again.student.load_state_dict(first)
     fit(knobs.make("fkd"), again, stream(), plan, folder=tmp_path / "run", resume=True)
     assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in whole.student.state_dict().items())
+
+
+def test_another_augmentation_is_another_capture(tmp_path):
+    from limbeck.recipe import check
+    from limbeck.verbs.build import setting
+    from limbeck.verbs.setting import captured
+
+    def told(smallest: float) -> str:
+        spec = {"views": 1, "augment": [{"resized_crop": {"smallest": smallest}}]}
+        body = {
+            "name": "t",
+            "do": "teach",
+            "teacher": tiny | {"train": {"steps": 1}},
+            "student": tiny,
+            "data": data,
+            "method": "fkd",
+            "store": spec,
+        }
+        return captured(setting(check(body, "test"), tmp_path / "run", None, False)).folder
+
+    tiny, data = {"net": "mlp", "width": 8}, {"name": "digits", "limit": 200}
+    first, second = Path(told(0.5)), Path(told(0.8))
+    assert first != second and first.parent == second.parent == tmp_path / ".stores"
+    assert Path(told(0.5)) == first

@@ -1,5 +1,6 @@
 """What every verb works with: the recipe, its data, how to build its networks, and where to write."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -323,11 +324,12 @@ def captured(setting: Setting) -> StoreInfo:
         store, told = Store.open(spec.folder), spec.model_dump(include={"topk", "views", "augment", "bits"})
         store.check(table, {key: value for key, value in told.items() if key in spec.model_fields_set})
         return store.info()
-    key = f"{fingerprint(setting.teacher)[:12]}-{data_fingerprint(table)[:12]}-{spec.views}x{spec.topk}x{spec.bits}"
+    options = {"topk": spec.topk, "views": spec.views, "augment": spec.augment, "bits": spec.bits}
+    how = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+    key = f"{fingerprint(setting.teacher)[:12]}-{data_fingerprint(table)[:12]}-{how}"
     folder = Path(spec.folder) if spec.folder else setting.folder.parent / ".stores" / key
     if setting.on_event is not None:
         setting.on_event({"note": f"capturing teacher signals in {folder}"})
-    options = {"topk": spec.topk, "views": spec.views, "augment": spec.augment, "bits": spec.bits}
     teacher = setting.teacher
     return first(lambda: capture(teacher, table, folder, **options))  # type: ignore[arg-type]
 

@@ -79,9 +79,10 @@ class MeanTeacher:
         """One turn of the student."""
         said = nets.run("student", batch | {"inputs": another(batch["inputs"], self.augment)})["logits"]
         parts = {"ce": mean(ce(said, batch["labels"]), labelled(batch))}
-        if self.weight:
+        if self.weight or self.result == "average":  # its batch norm must have seen pictures, asked or not
             with torch.no_grad():
                 told = nets.run("average", batch | {"inputs": another(batch["inputs"], self.augment)})["logits"]
+        if self.weight:
             height = self.weight * sigmoid_rampup(clock.progress, self.rampup)
             parts["consistency"] = height * mean(apart(said, told, self.distance), batch.get("mask"))
         yield "student", parts

@@ -203,9 +203,10 @@ def test_mean_teacher_goes_the_way_of_the_authors_functions(k: int):
     assert close(nets.student, case["student"]) and close(nets.average, case["average"])
 
 
-def test_the_average_is_the_mean_of_all_weights_so_far_and_never_gets_a_gradient():
+@pytest.mark.parametrize("weight", [100.0, 0.0])
+def test_the_average_is_the_mean_of_all_weights_so_far_and_never_gets_a_gradient(weight: float):
     nets, visited = Nets(student=Mlp(norm=True)), []
-    method = knobs.make("mean_teacher", {"decay": 0.9999, "early_decay": 0.9999, "augment": ()})
+    method = knobs.make("mean_teacher", {"weight": weight, "decay": 0.9999, "early_decay": 0.9999, "augment": ()})
 
     class Watch:
         setup, step = method.setup, method.step

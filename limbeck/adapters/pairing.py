@@ -69,7 +69,7 @@ def retell(table: Table, tokenizer: Any, *, constants: Sequence[str] = ("same_wo
         )
     student, teacher = pieces_of(table.tokenizer), pieces_of(tokenizer)
     reader = _Reader(student, teacher)
-    columns, counts = _told(reader, table.columns, one_text=_one_text)
+    columns, counts = _told(reader, table.columns)
     found_words = same_words(student, teacher)
     made = {name: _constant(name)(student, teacher) for name in constants}
     report = Report(
@@ -104,7 +104,9 @@ class Retell:
 
         U is as long as these texts need. Bytes that are no whole characters are in no stretch.
         """
-        columns, _ = _told(_Reader(self.student, self.teacher), {"inputs": inputs, "labels": labels, "mask": mask})
+        columns, _ = _told(
+            _Reader(self.student, self.teacher), {"inputs": inputs, "labels": labels, "mask": mask}, apart=True
+        )
         return {name: column.to(inputs.device) for name, column in columns.items()}
 
 
@@ -149,22 +151,15 @@ def _aligned(table: Table, report: Report, note: Callable[[str], None] | None) -
         note(str(report))
 
 
-def _told(
-    reader: _Reader, table: Mapping[str, Tensor], *, one_text: Callable[[Tensor, Tensor, Tensor], bool] | None = None
-) -> tuple[dict[str, Tensor], Counts]:
-    """The new columns for those of a table, and what could be aligned; one_text: whether its rows follow another."""
+def _told(reader: _Reader, table: Mapping[str, Tensor], *, apart: bool = False) -> tuple[dict[str, Tensor], Counts]:
+    """The new columns for those of a table, and what could be aligned; apart: each row is a text of its own."""
     counts, columns = Counts(), _Columns(reader.teacher.pad, table["inputs"].shape[1])
-    for mine, theirs, mask in reader.rows(table, one_text):
+    for mine, theirs, mask in reader.rows(table, apart):
         labels = [span for _, span in mine[1:]]
         my_spans, their_spans, found = align(labels, [span for _, span in theirs[1:]])
         counts += found
         columns.add(my_spans, theirs, their_spans, None if mask.all() else _counted(labels, mask.tolist()))
     return columns.tensors(), counts
-
-
-def _one_text(inputs: Tensor, labels: Tensor, real: Tensor) -> bool:
-    """Whether the rows are stretches of one text, each beginning with the token that the one before ends with."""
-    return len(inputs) > 1 and bool(real[:-1].all()) and torch.equal(inputs[1:, 0], labels[:-1, -1])
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -187,9 +182,7 @@ class _Reader:
         if mine.end is not None and self._names.get(mine.end) is None:
             self._names[mine.end] = theirs.end
 
-    def rows(
-        self, table: Mapping[str, Tensor], one_text: Callable[[Tensor, Tensor, Tensor], bool] | None
-    ) -> Iterator[tuple[list[Token], list[Token], Tensor]]:
+    def rows(self, table: Mapping[str, Tensor], apart: bool) -> Iterator[tuple[list[Token], list[Token], Tensor]]:
         """Of each row the student's tokens with their places in the text, the teacher's, and which labels count."""
         inputs, labels = table["inputs"].cpu(), table["labels"].cpu()
         mask = table.get("mask", torch.ones_like(labels)).cpu().bool() & (labels >= 0)
@@ -199,7 +192,7 @@ class _Reader:
             seen = table["attention_mask"].cpu().bool()
             real = real | torch.cat([seen[:, :-1] & seen[:, 1:], torch.zeros_like(seen[:, :1])], 1)
         sizes = real.sum(1).tolist()
-        if one_text is not None and one_text(inputs, labels, real):
+        if not apart and len(inputs) > 1 and bool(real[:-1].all()) and torch.equal(inputs[1:, 0], labels[:-1, -1]):
             line = [*inputs[0, :1].tolist(), *labels[real].tolist()]
             mine, theirs = self.both(line)
             starts, ends = [s for _, (s, _) in theirs], [e for _, (_, e) in theirs]

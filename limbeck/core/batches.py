@@ -239,7 +239,7 @@ class Batches:
         self.rank, self.world = rank, world
         self.position = 0
         self.augment = self._augment(augment)
-        self._cache: tuple[object, Tensor] = (None, torch.empty(0))
+        self._orders: dict[tuple[int | str, ...], tuple[int | str, Tensor]] = {}  # of the passes under way
         if not 0 <= rank < world:
             raise BadInput(f"rank must be in [0, {world}), got {rank}")
         self._groups: list[tuple[Tensor, int]] = []  # rows that a batch takes some of, and how many
@@ -307,16 +307,20 @@ class Batches:
         return self.position // self.steps_per_epoch
 
     def _order(self, n: int, *key: int | str) -> Tensor:
-        return torch.randperm(n, generator=generator(self.seed, *key)) if self.shuffle else torch.arange(n)
+        """An order of n rows, a pure function of the seed and the key, which ends in the number of the pass."""
+        if not self.shuffle:
+            return torch.arange(n)
+        *what, number = key
+        if tuple(what) not in self._orders or self._orders[tuple(what)][0] != number:
+            self._orders[tuple(what)] = number, torch.randperm(n, generator=generator(self.seed, *key))
+        return self._orders[tuple(what)][1]
 
     def indices(self, position: int) -> Tensor:
         """Rows of the global batch at `position`, whatever has been served before."""
         if self._groups:
             return torch.cat([self._of_group(g, position) for g in range(len(self._groups))])
         number, step = divmod(position, self.steps_per_epoch)
-        if self._cache[0] != number:
-            self._cache = (number, self._order(len(self.table), "epoch", number))
-        return self._cache[1][step * self.batch_size : (step + 1) * self.batch_size]
+        return self._order(len(self.table), "epoch", number)[step * self.batch_size : (step + 1) * self.batch_size]
 
     def _of_group(self, g: int, position: int) -> Tensor:
         rows, n = self._groups[g]

@@ -41,8 +41,8 @@ class DistillSpec:
 
     *Needs*: nets.teacher (the target) and nets.student (the draft) over one vocabulary, or losses between two
     tokenizers, such as `gold` or `alm`, for which every text of the draft is read anew in the teacher's tokens (the
-    target then cannot write). *Relates to*: the measure
-    `acceptance` for what came of it; `gkd` is the same with one divergence. *Differs*: see the card.
+    target then cannot write). *Relates to*: the measure `acceptance` for what came of it; `gkd` is the same with one
+    divergence. *Differs*: see the card.
     """
 
     match: tuple[Any, ...] = ("forward_kl",)

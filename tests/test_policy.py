@@ -209,6 +209,7 @@ def test_mini_llm_has_nothing_to_gain_from_itself_and_bounded_weights():
     assert torch.equal(method.weights(log_q, log_q), torch.ones(3, 4))
     assert method.weights(log_q, log_p).max() <= 1 / 0.8
     assert torch.equal(knobs.make("mini_llm", {"mix": 0.0}).weights(log_q, log_p), torch.ones(3, 4))
+    assert torch.equal(knobs.make("mini_llm", {"mix": 0.0}).weights(log_q - 200, log_p), torch.ones(3, 4))
     nets = pair()
     nets.student = copy.deepcopy(nets.teacher).train().requires_grad_(True)
     found = losses("mini_llm", nets, {"epochs": 1, "plain": 0.0})[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.adapters import words
 from limbeck.adapters.likeness import distance, nearest_words, projection
@@ -19,7 +19,7 @@ from limbeck.core.batches import Batches, Table
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock
 from limbeck.core.nets import Nets
-from limbeck.core.policy import rollout
+from limbeck.core.policy import rollout, starts, text, told_anew
 from limbeck.core.reduce import mean
 from limbeck.core.spans import align, counted, edges, joined, spread, sums
 from limbeck.core.vocabularies import chained, ranked_distance, real_words
@@ -237,7 +237,7 @@ def test_new_texts_are_read_as_the_table_was(tokenizers: dict[str, object], teac
     assert table.retell is not None and table.retold().retell is None
     told = table.retell(plain["inputs"], plain["labels"], plain["mask"])
     for name, column in told.items():
-        assert torch.equal(column, table[name]), name
+        assert torch.equal(column, {**table.constants, **table.columns}[name]), name
     late = plain["mask"] & (torch.arange(plain["mask"].shape[1]) >= 9)
     part = table.retell(plain["inputs"], plain["labels"], late)
     assert torch.equal(part["teacher_labels"], told["teacher_labels"])  # the prompt is read, but does not count
@@ -286,6 +286,49 @@ def test_two_tokenizers_meet_on_what_the_student_writes(tokenizers: dict[str, ob
         knobs.make("gkd", {}).setup(nets, batch)
     with pytest.raises(BadInput, match="only `distillspec` reads what the student writes"):
         rollout(batch, lambda p, n, **_: torch.ones(4, p.shape[1] + n, dtype=torch.long))
+
+
+def test_prompts_are_left_out_on_both_sides_of_a_text_that_is_given(tokenizers: dict[str, object]) -> None:
+    table, _ = retell(_table(tokenizers["byte level"]).select([5, 0, 7, 2]), tokenizers["bpe"])
+    batch = next(Batches(table, 4))
+    given = knobs.make("distillspec", {"match": ("gold",), "draft": 0.0, "prompt": 9}).texts({}, batch)
+    anew = told_anew(batch, text(batch), starts(batch, 9), retell=True)
+    assert given.keys() == anew.keys()
+    assert all(torch.equal(given[name], anew[name]) for name in given if isinstance(given[name], Tensor))
+    assert 0 < given["teacher_mask"].sum() < batch["teacher_mask"].sum()
+    whole = knobs.make("distillspec", {"match": ("gold",), "draft": 0.0}).texts({}, batch)
+    assert torch.equal(whole["teacher_mask"], batch["teacher_mask"])
+
+
+def _filled_up(net: nn.Module, vocab: int) -> nn.Module:
+    """The same network with a head and embedding of more rows, which it is surest of."""
+    wide = tiny_lm(vocab=vocab, width=16, layers=1)
+    old, new = net.state_dict(), wide.state_dict()
+    for name, value in old.items():
+        new[name] = torch.cat([value, 9 * torch.ones_like(new[name][len(value) :])]) if name in new else value
+    wide.load_state_dict(new)
+    return wide
+
+
+@pytest.mark.parametrize(
+    "loss", ["uld", "gold", "alm", {"alm": {"certainty": 0.1}}, "mined", "xtoken", "dskd", "cot2align"], ids=str
+)
+def test_rows_that_fill_up_a_head_are_no_words(tokenizers: dict[str, object], loss: object) -> None:
+    constants = ("same_words", "nearest_words", "word_starts", "projection")
+    table, _ = retell(_table(tokenizers["byte level"]), tokenizers["bpe"], constants=constants)
+    batch = {**next(Batches(table, 4)), "words": torch.tensor([table.vocab])}
+    torch.manual_seed(0)
+    nets = {name: tiny_lm(vocab=n, width=16, layers=1) for name, n in (("student", table.vocab), ("teacher", 290))}
+    found = []
+    for more in (0, 6):
+        rows = {"student": table.vocab + more, "teacher": 290 + more}
+        filled = Nets(**{name: _filled_up(net, rows[name]) for name, net in nets.items()})
+        spec = knobs.make("distillspec", {"match": (loss,), "draft": 0.0})
+        torch.manual_seed(1)
+        spec.setup(filled, batch)
+        (part,) = spec.pair.parts(filled, batch, 0.0).values()
+        found.append(float(part))
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[0] > 0
 
 
 # ---- vocabularies ----------------------------------------------------------------------------------------------------
@@ -448,6 +491,26 @@ def test_dskd_stops_where_it_says() -> None:
     assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
 
 
+def test_what_a_text_does_not_count_does_not_move_dskd() -> None:
+    torch.manual_seed(0)
+    loss, mask = DSKD((B, T, 4), (B, T, 6)), torch.arange(T) < torch.tensor([[T], [2], [T]])
+    floats = {
+        "student_hidden": (B, T, 4), "teacher_hidden": (B, T, 6), "student_vocab_logits": (B, T, V),
+        "teacher_vocab_logits": (B, T, 9), "student_head": (V, 4), "teacher_head": (9, 6),
+        "student_embedding": (V, 4), "teacher_embedding": (9, 6),
+    }  # fmt: skip
+    have = {name: _logits(*shape).float() for name, shape in floats.items()}
+    ids = torch.randint(9, (B, T))
+    have |= {"inputs": LABELS, "labels": LABELS, "teacher_inputs": ids, "teacher_labels": ids}
+    told = {"mask": mask, "teacher_mask": mask}
+    other = torch.where(mask, ids, (ids + 1) % 9)
+    louder = torch.where(mask.unsqueeze(-1), have["teacher_hidden"], 10 * have["teacher_hidden"])
+    moved = {"teacher_hidden": louder, "teacher_inputs": other, "teacher_labels": other}
+    for values in (loss(**have, **told), loss(**{**have, **moved}, **told)):
+        found = float(mean(values, mask))
+        assert found == pytest.approx(float(mean(loss(**have, **told), mask)), rel=1e-5)
+
+
 def test_cot2align_of_equal_sequences_is_nothing_and_of_single_tokens_their_cost() -> None:
     states = _logits(B, T, 5).float()
     loss = CoT2Align((B, T, 5), (B, T, 5), (B, T, 5), (B, T, 5), epsilon=0.005, iterations=300)
@@ -486,7 +549,7 @@ def test_a_recipe_names_the_tokenizer_of_its_teacher(tmp_path: Path) -> None:
     made = setting(_recipe(), tmp_path / "run", lambda e: notes.append(str(e.get("note", ""))), False)
     assert made.teacher is not None and made.teacher.vocab == 270  # trained in its own tokens
     assert made.build("student").vocab == made.splits.train.vocab != 270
-    assert {"same_words", "nearest_words", "word_starts", "words"} == set(made.splits.train.constants)
+    assert {"same_words", "nearest_words", "word_starts", "words", "teacher_words"} == set(made.splits.train.constants)
     assert any("stretches" in note and "left out" in note for note in notes)
     outcome, _ = teach.run(made, "teacher", 0, tmp_path / "teacher")
     size = sum(map(len, (pieces_of(made.splits.test.teacher_tokenizer).words[i] for i in made.splits.test[

@@ -54,12 +54,12 @@ def retell(table: Table, tokenizer: Any, *, constants: Sequence[str] = ("same_wo
     """A language table with its text in a second tokenizer beside it, and what could not be aligned.
 
     Adds `teacher_inputs`, `teacher_labels`, `teacher_mask` and `teacher_attention_mask` [N, U], shifted like the
-    student's; `student_spans` [N, T] and `teacher_spans` [N, U]; and the constants asked for (see `CONSTANTS`). Rows
-    that follow one another in one text are read as that text, so that words at their edges are not cut; a token that
-    reaches beyond an edge is left out. Other rows are texts of their own. What the tokenizer puts before every text
-    comes first in every row. A special token is aligned with the one of the same name, the end of a text with the end
-    of a text; where the teacher has none, it does not see it. Places that the student's mask leaves out are left out of
-    the teacher's.
+    student's; `student_spans` [N, T] and `teacher_spans` [N, U]; and `teacher_words` and the constants asked for (see
+    `CONSTANTS`). Rows that follow one another in one text are read as that text, so that words at their edges are not
+    cut; a token that reaches beyond an edge is left out. Other rows are texts of their own. What the tokenizer puts
+    before every text comes first in every row. A special token is aligned with the one of the same name, the end of a
+    text with the end of a text; where the teacher has none, it does not see it. Places that the student's mask leaves
+    out are left out of the teacher's.
     """
     if table.kind != "tokens" or table.tokenizer is None or table["inputs"].shape != table["labels"].shape:
         raise BadInput(f"{table.name} is no language table with its tokenizer; two tokenizers need inputs and labels")
@@ -85,7 +85,7 @@ def retell(table: Table, tokenizer: Any, *, constants: Sequence[str] = ("same_wo
     both = replace(
         table,
         columns={**table.columns, **columns},
-        constants={**table.constants, **flat},
+        constants={**table.constants, **flat, "teacher_words": torch.tensor([len(teacher.words)])},
         teacher_tokenizer=tokenizer,
         retell=Retell(student, teacher),
     )
@@ -107,6 +107,7 @@ class Retell:
         columns, _ = _told(
             _Reader(self.student, self.teacher), {"inputs": inputs, "labels": labels, "mask": mask}, apart=True
         )
+        columns["teacher_words"] = torch.tensor([len(self.teacher.words)])
         return {name: column.to(inputs.device) for name, column in columns.items()}
 
 

@@ -16,7 +16,7 @@ from limbeck.core.reduce import Part, labelled
 from limbeck.core.selection import teachers_of
 from limbeck.core.spans import counted, edges, spread, sums
 from limbeck.core.teachers import read_by
-from limbeck.core.vocabularies import stretch_logprobs
+from limbeck.core.vocabularies import of_words, stretch_logprobs
 
 NOBODY = -1e5  # the logit of a word that no word of the teacher is near to
 
@@ -60,6 +60,9 @@ def heard(nets: Nets, batch: Batch, scheme: str) -> list[Batch]:
     read = [read_by(player, batch) for player in players]
     with torch.no_grad():
         said = [nets.run(player, b) for player, b in zip(players, read, strict=True)]
+    for own, says in zip(read, said, strict=True):
+        if "teacher_inputs" in own and "logits" in says:
+            says["logits"] = of_words(says["logits"], own.get("teacher_words"))
     return [b | {f"teacher_{name}": value for name, value in s.items()} for b, s in zip(read, said, strict=True)]
 
 

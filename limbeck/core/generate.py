@@ -259,6 +259,7 @@ def checked(
     teacher_top_p: float = 1.0,
     lengths: Tensor | None = None,
     end: int | None = None,
+    words: int | None = None,
 ) -> Checked:
     """Continue `prompts` by the student's tokens, where each that is not among the teacher's `top_k` is replaced.
 
@@ -267,7 +268,7 @@ def checked(
     been checked token by token. The drawn tokens are those of `write` as long as nothing is replaced.
 
     top_k: tokens that the teacher lets pass, >= 1. block: >= 1. temperature, top_p: of the student's draws.
-    teacher_temperature, teacher_top_p: of the teacher's replacements. lengths, end: as in `write`.
+    teacher_temperature, teacher_top_p: of the teacher's replacements. lengths, end, words: as in `write`.
     """
     require(top_k >= 1, "top_k", top_k, ">= 1")
     require(block >= 1, "block", block, ">= 1")
@@ -282,12 +283,12 @@ def checked(
             places = torch.arange(t, t + size, device=tokens.device)
             over = ended[:, None].repeat(1, size + 1)  # whether a row has ended before each place of the block
             for i in range(size):
-                drawn = choose(writer.after(tokens[:, : t + i])[:, -1], temperature, top_p)
+                drawn = choose(writer.after(tokens[:, : t + i])[:, -1, :words], temperature, top_p)
                 tokens[:, t + i] = torch.where(t + i >= starts, drawn, tokens[:, t + i])
                 if end is not None:
                     tokens[:, t + i] = torch.where(over[:, i], end, tokens[:, t + i])
                     over[:, i + 1] = over[:, i] | ((t + i >= starts) & (tokens[:, t + i] == end))
-            logits, calls = upcast(judge.after(tokens[:, : t + size - 1], size)), calls + 1
+            logits, calls = upcast(judge.after(tokens[:, : t + size - 1], size)[..., :words]), calls + 1
             own = logits.gather(-1, tokens[:, t : t + size, None])
             refused = ((logits > own).sum(-1) >= top_k) & (places >= starts[:, None]) & ~over[:, :size]
             anywhere = refused.any(0)

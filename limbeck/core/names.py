@@ -12,6 +12,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "mask": ("...", "True where the element counts"),
     "attention_mask": ("B T", "True where the input token is no padding"),
     "words": ("1", "how many ids the tokenizer has; heads may be padded to more"),
+    "teacher_words": ("1", "how many ids the teacher's own tokenizer has"),
     "segments": ("B T", "number of the text that a token belongs to, where several share a row; -1 is padding"),
     "index": ("B", "position of the example in the training set; as a build-time shape (N,), N the size of that set"),
     "domain": ("B", "index of the domain or client that the example comes from"),

@@ -15,7 +15,7 @@ from limbeck.core.taps import Taps, untap, unwrap
 Batch = dict[str, Any]
 
 # What a batch holds of a text in the teacher's own tokens, where it has another tokenizer than the student.
-RETOLD = ("inputs", "labels", "mask", "attention_mask", "spans")
+RETOLD = ("inputs", "labels", "mask", "attention_mask", "spans", "words")
 
 
 def retold(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from limbeck.core.headloss import route
 from limbeck.core.match import Match, parse
 from limbeck.core.nets import RETOLD, Batch, Nets, evaluating
 from limbeck.core.reduce import Part
-from limbeck.core.vocabularies import real_words
+from limbeck.core.vocabularies import of_words, real_words
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,11 @@ class Pair:
         have |= {f"student_{k}": v for k, v in said.items()}
         if words := padded(have):
             have = cut(have, words)
-        for side in ("student", "teacher"):  # losses for two vocabularies ask by another name, as they may differ
-            if f"{side}_logits" in have:
-                have[f"{side}_vocab_logits"] = have[f"{side}_logits"]
+        two = "teacher_inputs" in have
+        for side, words in (("student", "words"), ("teacher", "teacher_words")):
+            if f"{side}_logits" in have:  # losses for two vocabularies ask by another name, as they may differ
+                logits = have[f"{side}_logits"]
+                have[f"{side}_vocab_logits"] = of_words(logits, have.get(words)) if two else logits
         return have
 
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:

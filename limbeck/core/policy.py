@@ -76,13 +76,21 @@ def rollout(
 ) -> Batch:
     """The batch with completions written anew, from the same prompts and to the same length.
 
-    write: (prompts [B, P], length, *, lengths [B], end) -> [B, P + length], such as `generate.sample` of a network.
+    write: (prompts [B, P], length, *, lengths [B], end) -> [B, P + length], such as `generate.sample` of a network;
+        given `words`, too, where the batch says how many there are: ids from it on fill up a head.
     end: id of the token that ends a text, -1 for none; what follows it does not count. retell: see `told_anew`.
     """
     old, begun = text(batch), starts(batch, prompt)
     longest = int(begun.max())
-    new = write(old[:, :longest], old.shape[1] - longest, lengths=begun, end=end if end >= 0 else None)
+    length, stop = old.shape[1] - longest, end if end >= 0 else None
+    words = {"words": vocabulary(batch)} if "words" in batch else {}
+    new = write(old[:, :longest], length, lengths=begun, end=stop, **words)
     return told_anew(batch, new, begun, end, retell=retell)
+
+
+def vocabulary(batch: Batch) -> int | None:
+    """How many ids are words, where the batch says so."""
+    return int(batch["words"]) if "words" in batch else None
 
 
 def own_words(nets: Nets, batch: Batch, chance: float, *, temperature: float, prompt: int, end: int) -> Batch:

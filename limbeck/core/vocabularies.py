@@ -58,6 +58,11 @@ def real_words(student_logits: Tensor, teacher_logits: Tensor, words: int) -> tu
     return student_logits[..., :words], teacher_logits[..., :words], dropped[0], dropped[1]
 
 
+def of_words(logits: Tensor, words: Tensor | None) -> Tensor:
+    """Logits [..., V] without the rows that fill up a head: of the ids that its tokenizer has; all for None."""
+    return logits if words is None else logits[..., : int(words)]
+
+
 def _mass_above(logits: Tensor, words: int) -> Tensor:
     z = upcast(logits.detach())
     if words == z.shape[-1]:

@@ -97,10 +97,10 @@ def compared(
     how many words both share, where their heads are padded to other heights. labels: where a term or the loss asks for
     them; a term against labels is 0 where there is none.
     """
-    shared = shared_words(student, teacher, words)
     if not isinstance(student, Head):
         assert not isinstance(teacher, Head)  # only a learner that spares its logits lets others do so
-        return plainly(student[..., :shared], teacher[..., :shared])
+        return plainly(*of_one_height(student, teacher, words))
+    shared = shared_words(student, teacher, words)
     said = teacher if isinstance(teacher, Head) else Logits(teacher)
     given = None if labels is None else labels.clamp_min(0)
     values = head_loss(student, said, terms, labels=given, mask=mask, words=shared)
@@ -113,6 +113,12 @@ def shared_words(student: Voice, teacher: Voice, words: Tensor | None) -> int | 
     """How many words both share, where heads of one tokenizer are padded to different heights; else None."""
     mine, its = (len(v.weight) if isinstance(v, Head) else v.shape[-1] for v in (student, teacher))
     return None if words is None or mine == its or int(words) > min(mine, its) else int(words)
+
+
+def of_one_height(student: Tensor, teacher: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits [..., V] and [..., W] of the words that both share, as `shared_words` has it."""
+    shared = shared_words(student, teacher, words)
+    return student[..., :shared], teacher[..., :shared]
 
 
 class Likeliest(NamedTuple):

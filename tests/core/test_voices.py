@@ -20,6 +20,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "on_policy_distillation": [{"sampling": 0.7, "updates": 2, "discount": 0.5}, {"supervised": 0.5}],
     "distillm": [{"forward": f, "share": 1.0, "held": 1, "capacity": 4, "alpha": 0.2} for f in (0.0, 0.4, 1.0)],
     "sdft": [{"beta": 0.5, "skip": 1, "between": (3,)}],
+    "skd_speculative": [{"beta": b, "top_k": 9, "teacher_sampling": 1.0, "teacher_top_p": 1.0} for b in (0.0, 0.5)],
     "mini_llm": [{"epochs": 2, "temperature": 1.5}, {"soft": 0.0, "single": 0.0}, {"supervised": 0.5}],
 }
 
@@ -39,6 +40,13 @@ def batch() -> Batch:
     made = {"inputs": text[:, :-1], "labels": text[:, 1:].clone(), "mask": mask, "index": torch.arange(4)}
     made["labels"][2, :2] = -100  # of the prompt
     return made
+
+
+WITH_LOGITS: dict[str, dict[str, Any]] = {
+    "distillm2": {"sampling": 1.0},
+    "mgsr_llm": {"threshold": 0.05},
+    "distillspec": {"match": ("forward_kl",)},
+}
 
 
 def turns(name: str, given: dict[str, Any], *, words: int = 0) -> tuple[list[dict[str, float]], list[Tensor], Nets]:
@@ -82,6 +90,34 @@ def test_a_step_on_written_texts_is_the_same_without_logits(
     assert len(grads) == len(wanted) and any(bool(g.any()) for g in wanted)
     for ours, theirs in zip(grads, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *WITH_LOGITS])
+@pytest.mark.parametrize(("mine", "its"), [(5, 5), (4, 9), (9, 4)])
+def test_nobody_writes_or_compares_what_is_no_word(
+    name: str, mine: int, its: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that fill up a head say the most here, and are still never drawn."""
+    nets = Nets(student=lm(16, 1, WORDS + mine), teacher=lm(32, 2, WORDS + its))
+    read: list[Tensor] = []
+    run = Nets.run
+
+    def watched(self: Nets, player: str, given: Batch, **more: Any) -> dict[str, Any]:
+        read.append(given["inputs"])
+        return run(self, player, given, **more)
+
+    monkeypatch.setattr(Nets, "run", watched)
+    data, method = (
+        {**batch(), "words": torch.tensor([WORDS])},
+        knobs.make(name, WITH_LOGITS.get(name, METHODS.get(name, [{}])[0])),
+    )
+    if hasattr(method, "setup"):
+        method.setup(nets, data)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        for _, parts in method.step(nets, data, Clock(0, 10)):
+            assert all(torch.isfinite(p.value) for p in (parts if isinstance(parts, dict) else {"": parts}).values())
+    assert len(read) > 9 and max(int(ids.max()) for ids in read) < WORDS
 
 
 def test_a_student_teaches_itself_without_logits(monkeypatch: pytest.MonkeyPatch) -> None:

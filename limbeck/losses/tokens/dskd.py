@@ -77,20 +77,23 @@ class DSKD(nn.Module):
             )
             scores = (
                 self.query(torch.cat([words[inputs], words[labels.clamp_min(0)]], -1))
-                @ _scaled(torch.cat([seen, said], -1)).mT
+                @ _scaled(torch.cat([seen, said], -1), theirs).mT
             )
             scores = scores / (2 * teacher.shape[-1]) ** 0.5
             scores = torch.where(mine.unsqueeze(2) & theirs.unsqueeze(1), scores, scores + FAR)
-            to_student = scores.softmax(-1) @ self.to_student(_scaled(teacher) + _scaled(said))
+            to_student = scores.softmax(-1) @ self.to_student(_scaled(teacher, theirs) + _scaled(said, theirs))
             to_teacher = scores.mT.softmax(-1) @ self.to_teacher(h)
-            t2s = to_student @ student_head.detach().to(h).mT
-            s2t = to_teacher @ teacher_head.detach().to(h).mT
+            heads = student_head[: student_vocab_logits.shape[-1]], teacher_head[: teacher_vocab_logits.shape[-1]]
+            t2s, s2t = (x @ head.detach().to(h).mT for x, head in zip((to_student, to_teacher), heads, strict=True))
             right = t2s.argmax(-1) == labels
             here = torch.where(right, kl(student_vocab_logits, t2s.detach()), 0.0) - label_logprobs(t2s, labels)
             there = torch.where(theirs, kl(s2t, upcast(teacher_vocab_logits.detach())), 0.0).sum(1, keepdim=True)
             return here + torch.where(mine, there / mine.sum(1, keepdim=True).clamp_min(1), 0.0)
 
 
-def _scaled(x: Tensor) -> Tensor:
-    """Over the deviation of all its numbers."""
-    return x / x.std().clamp_min(torch.finfo(x.dtype).tiny)
+def _scaled(x: Tensor, counts: Tensor) -> Tensor:
+    """Over the deviation of its numbers [B, U, D] at the places that count [B, U]."""
+    here = counts.unsqueeze(-1)
+    size = (here.sum() * x.shape[-1]).clamp_min(2)
+    centred = torch.where(here, x - torch.where(here, x, 0.0).sum() / size, 0.0)
+    return x / (centred.square().sum() / (size - 1)).sqrt().clamp_min(torch.finfo(x.dtype).tiny)

@@ -33,7 +33,8 @@ class DistiLLM:
 
     SKL = KL(p || a p + (1 - a) q), SRKL = KL(q || (1 - a) p + a q), p the teacher, q the student. With probability phi
     a batch is the student's: fresh with phi (1 - progress), or while the buffer is not full, else from the buffer.
-    phi grows by 0.1 whenever the loss on held-out texts is `margin` above the one before that.
+    phi grows by 0.1 whenever the loss on held-out texts is `margin` above that at which it last grew
+    (before that, above the first).
 
     alpha: a in [0, 1), the skew.
     forward: share of SKL in [0, 1]; the rest is SRKL.

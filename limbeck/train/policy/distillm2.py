@@ -14,6 +14,7 @@ from limbeck.core.maths import kl_logprobs, label_logprobs, log_probs
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.policy import Numbers, completions, rollout
 from limbeck.core.reduce import mean
+from limbeck.core.voices import of_one_height
 
 
 @method(
@@ -82,6 +83,7 @@ class DistiLLM2:
         new = rollout(batch, write, prompt=self.prompt, end=self.end)
         mask, labels = completions(new, self.prompt), new["labels"]
         student, teacher = nets.run("student", new)["logits"], nets.run("teacher", new)["logits"]
+        student, teacher = of_one_height(student, teacher, new.get("words"))
         with torch.no_grad():
             q, p = (_per_text(label_logprobs(logits, labels), mask).exp() for logits in (student, teacher))
             ahead, reference = (p - q if writer == "teacher" else q - p), getattr(nets.reference, writer)

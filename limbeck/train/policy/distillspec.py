@@ -74,7 +74,9 @@ class DistillSpec:
         """The batch, with its completions written anew by whoever is drawn."""
         r = float(torch.rand(()))
         if r >= self.draft + self.target:
-            return {**batch, "mask": completions(batch, self.prompt)}
+            mask = completions(batch, self.prompt)
+            anew = self.prompt > 1 and "retell" in batch  # so that its mask leaves out the same prompts
+            return {**batch, "mask": mask, **(batch["retell"](batch["inputs"], batch["labels"], mask) if anew else {})}
         writer = nets.student if r < self.draft else nets.teacher
         write = partial(sample, writer, temperature=self.sampling)
         return rollout(batch, write, prompt=self.prompt, end=self.end, retell=True)

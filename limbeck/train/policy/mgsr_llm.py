@@ -12,8 +12,9 @@ from limbeck.core.generate import sample
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import kl, log_probs
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import asked, completions, rollout, starts, text, told_anew
+from limbeck.core.policy import asked, completions, rollout, starts, text, told_anew, vocabulary
 from limbeck.core.reduce import Part, mean
+from limbeck.core.voices import of_one_height
 from limbeck.losses.logits.ce import ce
 
 
@@ -65,7 +66,8 @@ class MgsrLLM:
 
     def corrected(self, nets: Nets, new: Batch, begun: Tensor) -> Batch:
         """The texts with their first mistake corrected and the rest written again. begun: [B], length of prompts."""
-        logits, mask, tokens = asked(nets, "teacher", new), completions(new), text(new)
+        words = vocabulary(new)
+        logits, mask, tokens = asked(nets, "teacher", new)[..., :words], completions(new), text(new)
         first, length = self.faults(logits, new["labels"], mask), new["inputs"].shape[1]
         wrong = first < length
         at = first.clamp_max(length - 1)
@@ -79,7 +81,7 @@ class MgsrLLM:
         longest = int(kept.max())
         end = self.end if self.end >= 0 else None
         rest = length + 1 - longest
-        tokens = sample(nets.student, tokens[:, :longest], rest, self.sampling, lengths=kept, end=end)
+        tokens = sample(nets.student, tokens[:, :longest], rest, self.sampling, lengths=kept, end=end, words=words)
         return told_anew(new, tokens, begun, self.end)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
@@ -89,6 +91,7 @@ class MgsrLLM:
         for _ in range(self.rounds):
             new = self.corrected(nets, new, begun)
         student, teacher = nets.run("student", new)["logits"], nets.run("teacher", new)["logits"]
+        student, teacher = of_one_height(student, teacher, new.get("words"))
         parts: dict[str, Part] = {"kl": mean(kl(student, teacher), completions(new, self.prompt))}
         if self.supervised:
             given = nets.run("student", batch)["logits"]

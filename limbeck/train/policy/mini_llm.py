@@ -88,6 +88,8 @@ class MiniLLM:
 
     def weights(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """w of each written token, at most 1 / (1 - mix): [B, T] x 2 -> [B, T]."""
+        if not self.mix:  # 0 x inf otherwise, where the teacher alone finds a word possible
+            return torch.ones_like(log_q)
         return 1 / (1 - self.mix + self.mix * (log_p - log_q).exp())
 
     def policy(self, now: Tensor, log_q: Tensor, weights: Tensor, advantages: Tensor) -> Tensor:
@@ -121,7 +123,6 @@ class MiniLLM:
             temperature=self.temperature,
             top_p=self.top_p,
             mix=mix,
-            words=None if words is None else int(words),
         )
         new = rollout(batch, writer, prompt=self.prompt, end=self.end)
         mask, labels, t = completions(new, self.prompt), new["labels"], self.temperature

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from limbeck.core.card import method, require
 from limbeck.core.generate import checked
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
-from limbeck.core.policy import completions, divergence, rollout
+from limbeck.core.policy import completions, divergence, divergence_of_heads, rollout
 from limbeck.core.reduce import mean
+from limbeck.core.voices import compared, hear, spare
 
 
 @method(
@@ -64,7 +66,13 @@ class SKDSpeculative:
         for name in ("top_p", "teacher_top_p"):
             require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
 
-    def write(self, nets: Nets, prompts: Tensor, length: int, lengths: Tensor, end: int | None) -> Tensor:
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        """See whose logits can be spared."""
+        spare(nets, probe, "student", "teacher")
+
+    def write(
+        self, nets: Nets, prompts: Tensor, length: int, lengths: Tensor, end: int | None, words: int | None = None
+    ) -> Tensor:
         """Continue prompts [B, P] by the student under the teacher's eyes: [B, P + length]."""
         found = checked(
             nets.student,
@@ -79,17 +87,15 @@ class SKDSpeculative:
             teacher_top_p=self.teacher_top_p,
             lengths=lengths,
             end=end,
+            words=words,
         )
         return found.tokens
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
         if float(torch.rand(())) < self.on_policy:
-            batch = rollout(
-                batch,
-                lambda prompts, length, *, lengths, end: self.write(nets, prompts, length, lengths, end),
-                prompt=self.prompt,
-                end=self.end,
-            )
-        student, teacher = nets.run("student", batch)["logits"], nets.run("teacher", batch)["logits"]
-        yield "student", mean(divergence(student, teacher, self.beta), completions(batch, self.prompt))
+            batch = rollout(batch, partial(self.write, nets), prompt=self.prompt, end=self.end)
+        mask, plainly = completions(batch, self.prompt), partial(divergence, beta=self.beta)
+        teacher, student = hear(nets, "teacher", batch), hear(nets, "student", batch)
+        terms = [divergence_of_heads(self.beta)]
+        yield "student", mean(compared(student, teacher, plainly, terms, mask, batch.get("words")), mask)

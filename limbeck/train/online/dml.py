@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from limbeck.core.card import method, require
+from limbeck.core.group import form, members
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, labelled, mean
@@ -32,9 +32,9 @@ class DML:
 
     weight: w of the KL part, >= 0; 0 trains each peer alone.
     temperature: of both sides in the KL, > 0; the paper's is 1.
-    peers: how many to build when the recipe does not give them, >= 1.
+    peers: how many to build when the recipe does not give them, >= 1: the first as the student, others as `peer`.
 
-    *Needs*: nets.peers, equal or of different architecture, or a factory "peer" or "student"; no teacher.
+    *Needs*: nets.peers, equal or of different architecture, or factories "student" and "peer"; no teacher.
     *Relates to*: use `distill` when a good teacher exists: mutual learning is for starting from nothing.
     *Differs*: see the card. Peers speak in training mode, as in the code, so that dropout and batch statistics stay on.
     """
@@ -52,13 +52,11 @@ class DML:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Build the peers when they are not given."""
-        if "peers" not in nets:
-            name = "peer" if "peer" in nets.factories else "student"
-            nets.peers = nn.ModuleList(nets.fresh(name) for _ in range(self.peers))
+        form(nets, self.peers)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn for every peer, in order."""
-        players = [f"peers.{k}" for k in range(len(nets.peers))]
+        players = members(nets)
         labels, mask, known = batch["labels"], batch.get("mask"), labelled(batch)
         for player in players:
             others = [p for p in players if p != player]

@@ -266,9 +266,7 @@ def _faults() -> Iterator[Fault]:
 
     # ---- training methods --------------------------------------------------------------------------------------------
     dml, ban, takd = "train/online/dml.py", "train/self/ban.py", "train/many/takd.py"
-    yield _fault(
-        "peers in another order", dml, "for k in range(len(nets.peers))]", "for k in reversed(range(len(nets.peers)))]"
-    )
+    yield _fault("peers in another order", dml, "players = members(nets)", "players = members(nets)[::-1]")
     yield _fault(
         "a generation too few",
         ban,

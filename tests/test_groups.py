@@ -322,6 +322,17 @@ def test_orc_promotes_whoever_is_best_on_the_batch() -> None:
     assert int(roles.promoted) == 1  # right in both micro-batches
 
 
+def test_orc_promotes_another_for_the_next_batch() -> None:
+    labels, roles = torch.tensor([0, 1, 2, 3]), Roles(3, 0.5)
+    logits = F.one_hot(labels, CLASSES) * torch.tensor([3.0, 2.0, 1.0]).view(3, 1, 1)  # the first is always best
+    promoted = []
+    for _ in range(4):
+        roles.note(logits, labels, torch.ones(4, dtype=torch.bool))
+        roles.change()
+        promoted.append(int(roles.promoted))
+    assert promoted == [0, 1, 0, 1] and roles.record.tolist() == [0.9375] * 3
+
+
 def test_orc_runs_its_phases_in_order_and_keeps_the_best() -> None:
     nets = Nets(student=Mlp(), teacher=Mlp())
     nets.factories["student"] = Mlp
@@ -469,6 +480,22 @@ def test_pate_voters_see_their_part_and_the_student_only_what_was_voted() -> Non
     assert torch.equal(nets.ledger.labels, counts.argmax(-1)) and int(nets.ledger.asked) == 6
     assert {tuple(x) for x in seen["student"].tolist()} == {tuple(x) for x in batch["inputs"][asked].tolist()}
     assert method.figures(nets) == {"labels_voted": 6, "epsilon": math.inf, "epsilon_of_votes": math.inf}
+
+
+def test_pate_shows_no_network_what_is_not_its_own() -> None:
+    nets = Nets(student=Mlp())
+    nets.factories["student"] = Mlp
+    method, rows = PATE(voters=3, public=0.3, queries=6), table()
+    whose = method.whose(torch.arange(EXAMPLES))
+    method.setup(nets, {**rows.columns, "index": torch.arange(EXAMPLES)})
+    nets.train()
+    for count in (1, 5):  # batch norm knows no deviation of a single row
+        mine = (whose == 1).nonzero()[:count, 0]
+        batch = {"inputs": 100 + rows["inputs"][mine], "labels": rows["labels"][mine], "index": mine}
+        list(method.step(nets, batch, NOW))
+        list(method.step(nets, batch, Clock(0, 10, stage=1)))
+    means = [net.norm.running_mean for net in (*nets.voters, nets.student)]
+    assert [bool(m.any()) for m in means] == [False, True, False, False]
 
 
 def test_pate_pays_for_a_query_once() -> None:

@@ -353,6 +353,17 @@ def test_dml_of_one_peer_is_plain_cross_entropy():
     assert close(*ends)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_dml_builds_the_first_as_the_student_and_only_the_others_as_peers(given: bool):
+    torch.manual_seed(3)
+    expected = [Mlp(4), *(Mlp(6 if given else 4) for _ in range(2))]
+    nets = Nets()
+    nets.factories = {"student": lambda: Mlp(4)} | ({"peer": lambda: Mlp(6)} if given else {})
+    torch.manual_seed(3)
+    knobs.make("dml", {"peers": 3}).setup(nets, next(batches()))
+    assert all(same(a, b) for a, b in zip(nets.peers, expected, strict=True))
+
+
 def test_dml_peers_that_agree_have_nothing_to_say_and_are_no_part_of_the_graph():
     one = Mlp(4)
     nets = Nets(peers=nn.ModuleList([one, copy.deepcopy(one)]))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import limbeck
+import limbeck.adapters.trainer
 from limbeck.core.errors import BadInput
 from limbeck.core.headloss import route
 from limbeck.core.nets import Nets
@@ -47,7 +48,9 @@ def rows() -> list[dict[str, Any]]:
     return out
 
 
-def trained(folder: Path, batch: int, accumulate: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+def trained(
+    folder: Path, batch: int, accumulate: int, match: Any = MATCH, data: Any = None
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     from transformers import TrainingArguments
 
     args = TrainingArguments(
@@ -57,7 +60,7 @@ def trained(folder: Path, batch: int, accumulate: int) -> tuple[dict[str, torch.
     )  # fmt: skip
     student = llama(8, 1)
     trainer = limbeck.DistillationTrainer(
-        model=student, args=args, train_dataset=rows(), teacher=llama(16, 2), match=MATCH
+        model=student, args=args, train_dataset=rows() if data is None else data, teacher=llama(16, 2), match=match
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -90,6 +93,42 @@ def test_steps_are_those_of_the_whole_batch(worth: int, tmp_path: Path, monkeypa
         assert told == pytest.approx(losses, rel=1e-3), (batch, accumulate)
         for key, value in wanted.items():
             torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_whatever_says_which_tokens_count_they_weigh_the_same(tmp_path: Path) -> None:
+    """Padding counts for nobody even where its labels say so, and texts without labels are all target."""
+    whole = [{k: v for k, v in row.items() if k != "labels"} for row in rows()]
+    shown = [{**row, "labels": row["input_ids"]} for row in whole]
+    hidden = [{**row, "labels": row["input_ids"].where(row["attention_mask"].bool(), -100)} for row in whole]
+    wanted, losses = trained(tmp_path, 4, 1, data=hidden)
+    for data in (whole, shown):
+        for batch, accumulate in ((4, 1), (1, 4)):
+            weights, told = trained(tmp_path, batch, accumulate, data=data)
+            assert told == pytest.approx(losses, rel=1e-3), (batch, accumulate)
+            for key, value in wanted.items():
+                torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_of_a_whole_batch_keeps_its_size(tmp_path: Path) -> None:
+    batch = limbeck.adapters.trainer.shifted({k: torch.stack([row[k] for row in rows()]) for k in rows()[0]})
+    nets, pair = Nets(student=llama(8, 1), teacher=llama(16, 2)), Pair("student", "teacher", parse_all(["cwtm"]))
+    (part,) = pair.parts(nets, batch, 0.0).values()
+    assert int(part.count) == 1
+    assert trained(tmp_path, 4, 1, ["cwtm"])[1][0] == pytest.approx(float(part), rel=1e-3)
+
+
+def test_predictions_have_a_place_for_each_label(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = limbeck.DistillationTrainer(model=llama(8, 1), args=args, teacher=llama(16, 2), match=MATCH)
+    told = trainer.predict(rows())
+    assert told.predictions.shape == (4, 9, WORDS) and told.label_ids.shape == (4, 9)
+    text = {k: torch.stack([row[k] for row in rows()]) for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        wanted = llama(8, 1)(**text).logits
+    real = text["attention_mask"].bool()
+    torch.testing.assert_close(torch.from_numpy(told.predictions)[real], wanted[real])
 
 
 def test_losses_with_weights_are_refused(tmp_path: Path) -> None:

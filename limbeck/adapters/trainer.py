@@ -45,7 +45,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # the library has no 
     teacher: a causal language model over the student's vocabulary; None where no loss asks for one. match: losses as
     in a recipe, such as ["ce", {"forward_kl": {"weight": 2}}]; losses that own weights need `limbeck.teach`. Other
     arguments go to the Trainer. The mean is over all tokens that count in an optimiser step, over micro-batches and
-    processes, and no logits are built where the losses can do without.
+    processes; a loss of whole texts or batches is weighed by the tokens of its micro-batch. No logits are built where
+    the losses can do without, except in evaluation.
     """
 
     loss_is_scaled_for_ga = True
@@ -78,13 +79,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # the library has no 
             total = sum((p.value for p in parts.values()), torch.zeros((), device=batch["inputs"].device))
             loss = total / getattr(self, "current_gradient_accumulation_steps", 1)
         else:
-            sums = [p.weight * p.total for p in parts.values()]
-            loss = sum(sums, torch.zeros((), device=batch["inputs"].device)) / num_items_in_batch
+            total = sum((p.value for p in parts.values()), torch.zeros((), device=batch["inputs"].device))
+            loss = total * batch["mask"].sum() / num_items_in_batch
             if self.args.average_tokens_across_devices:  # the count is over all processes, gradients are averaged
                 loss = loss * self.accelerator.num_processes
         if not return_outputs:
             return loss
-        return loss, {"loss": loss, "logits": nets.run("student", batch)["logits"]}
+        whole = {"inputs": inputs["input_ids"], **{k: inputs[k] for k in ("attention_mask",) if k in inputs}}
+        return loss, {"loss": loss, "logits": nets.run("student", whole)["logits"]}  # a place for each of the labels
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """How many tokens count in a step: those of `shifted`, where padding never counts and labels may be missing."""
+        masks = [nn.functional.pad(shifted(batch)["mask"], (1, 0)) for batch in batch_samples]  # the first is no target
+        return super()._get_num_items_in_batch([{"labels": torch.where(m, 0, IGNORED)} for m in masks], device)
 
     def _known(self, model: nn.Module, batch: Batch) -> Nets:
         """Student and teacher by name, checked once against the losses."""

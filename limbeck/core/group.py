@@ -76,8 +76,14 @@ class Roles(nn.Module):
 
     @torch.no_grad()
     def change(self) -> None:
-        """Promote who was right most often in this step, the smaller loss deciding ties, and begin the next step."""
-        best = self.right == self.right.max()
+        """Promote who was right most often in this step, the smaller loss deciding ties, and begin the next step.
+
+        Who taught in this step is not taught, and so no candidate: roles change hands.
+        """
+        right = self.right.clone()
+        if int(self.promoted) >= 0:
+            right[self.promoted] = -1
+        best = right == right.max()
         self.promoted.copy_(torch.where(best, self.loss, torch.inf).argmin())
         if int(self.count):
             self.record.lerp_(self.right / self.count, 1 - self.memory)

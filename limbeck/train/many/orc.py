@@ -33,8 +33,8 @@ class ORC:
 
     1. Intensive teaching: each of the teacher group minimises w CE(labels) on those examples that anyone of the student
     group got wrong. 2. Transfer: each of the student group minimises CE(labels) + a T^2 KL(mean of the teacher group's
-    softmax(z / T) || softmax(z / T)). 3. Role change: who of all students was right most often on this batch is
-    promoted for the next, the smaller loss deciding ties.
+    softmax(z / T) || softmax(z / T)). 3. Role change: who of the student group was right most often on this batch is
+    promoted for the next, the smaller loss deciding ties; who taught goes back to the students.
 
     weight: a of the KL, >= 0. temperature: T > 0.
     intensive: w >= 0, of the first phase; 0 leaves the teacher group as it is.

@@ -1,6 +1,7 @@
 """Teachers that each saw another part of private data vote, with noise, on public examples; only the votes get out."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,17 +88,19 @@ class PATE:
         if not clock.stage:
             for k in range(self.voters):
                 own = only(batch, (whose == k) & counts)
-                said = nets.run(f"voters.{k}", own)["logits"]
+                with _quiet(nets.voters[k], own["inputs"]):
+                    said = nets.run(f"voters.{k}", own)["logits"]
                 yield f"voters.{k}", {"ce": mean(ce(said, own["labels"]), own.get("mask"))}
             return
         self.ask(nets, batch, (whose == self.voters) & batch.get("mask", torch.ones_like(counts)).bool())
         ledger = nets.ledger
         slots = ledger.draw(len(whose))
         inputs, labels, mask = ledger.inputs[slots], ledger.labels[slots], None
-        if not len(slots):
-            none = only(batch, torch.zeros_like(counts))
-            inputs, labels, mask = none["inputs"], none["labels"].clamp_min(0), none["mask"]
-        said = nets.run("student", {"inputs": another(inputs, self.augment)})["logits"]
+        if not len(slots):  # not even in a place that does not count is anything private read
+            inputs = torch.zeros_like(batch["inputs"][:1])
+            labels, mask = torch.zeros_like(whose[:1]), torch.zeros_like(counts[:1])
+        with _quiet(nets.student, inputs):
+            said = nets.run("student", {"inputs": another(inputs, self.augment)})["logits"]
         yield "student", {"ce": mean(ce(said, labels), mask)}
 
     @torch.no_grad()
@@ -118,3 +121,8 @@ class PATE:
         return {"labels_voted": float(ledger.asked)} | {
             k: epsilon(v, ledger.orders, self.delta) for k, v in costs.items()
         }
+
+
+def _quiet(network: nn.Module, inputs: Tensor) -> AbstractContextManager[None]:
+    """Eval mode for a single row, which may be another's and not count: the statistics of no layer may learn it."""
+    return evaluating(network) if len(inputs) < 2 else nullcontext()

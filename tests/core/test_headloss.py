@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.core.headloss import Head, Logits, Sparse, Term, ce, head_loss, loss, tiles
 from limbeck.core.headloss import divergences as d
+from limbeck.losses.tokens.top_k_kd import top_k_kd
 
 torch.set_num_threads(1)
 
@@ -410,6 +411,75 @@ def test_top_k_with_tail_is_the_divergence_over_k_plus_one_classes(name: str, dt
         wanted_grads = gradients((wanted * WEIGHTS).sum(), exact.leaves())
         for a, b in zip(gradients((found * WEIGHTS).sum(), x.leaves()), wanted_grads, strict=True):
             assert far(a, b) < max(EACH[dtype], 1e-5 if dtype is torch.float32 else 0)
+
+
+def one_row(
+    logits: list[float], teacher: Sparse, term: Term, dtype: torch.dtype, label: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Value and gradient to the logits of one place."""
+    z = torch.tensor([logits], dtype=dtype, requires_grad=True)
+    (value,) = head_loss(Head(z, torch.eye(len(logits), dtype=dtype)), teacher, [term], labels=torch.tensor([label]))
+    value.sum().backward()
+    assert z.grad is not None
+    return value.detach()[0], z.grad[0]
+
+
+@pytest.mark.parametrize("gap", [10.0, 90.0, 120.0, 1e4])
+def test_a_tail_that_a_float_does_not_hold_still_counts(gap: float):
+    logits = [gap, *torch.linspace(-0.1, -1, 7).tolist()]
+    ids, log_p = torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.2]]).log()
+    padded = torch.cat([ids, ids.new_full((1, 1), -1)], -1), torch.cat([log_p, log_p.new_zeros(1, 1)], -1)
+    z = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+    wanted = top_k_kd(z, ids, log_p.double()).sum()
+    wanted.backward()
+    value, grad = one_row(logits, Sparse(*padded), Term(d.forward_kl), torch.float32)
+    assert z.grad is not None and value.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert far(grad, z.grad[0]) < (1e-6 if gap < 1e3 else 1e-4)  # logits of 1e4 are 0.001 apart
+    sure = [100.0 if k == 3 else 99.0 if k == 1 else 0.0 for k in range(8)]
+    few = torch.tensor([[3, 1]]), torch.tensor([[0.3, 0.2]]).log()
+    low, high = (one_row(sure, Sparse(*few), Term(d.dkd), dtype, 3) for dtype in (torch.float32, torch.float64))
+    assert low[0].item() == pytest.approx(high[0].item(), rel=1e-6) and far(low[1], high[1]) < 1e-5
+
+
+def test_where_every_word_is_kept_there_is_no_tail():
+    log_p = torch.linspace(0, 2, 6).log_softmax(-1)
+    short = (log_p.exp() * 0.98).log()[None]  # as what is stored in few digits
+    value, grad = one_row(log_p.tolist(), Sparse(torch.arange(6)[None], short), Term(d.forward_kl), torch.float32)
+    wanted = top_k_kd(log_p[None], torch.arange(6)[None], short)
+    assert value.item() == pytest.approx(wanted.item(), abs=1e-6) and grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", [n for n in DIVERGENCES if n.startswith("dkd")])
+def test_dkd_of_stored_words_is_that_over_k_plus_one_classes(name: str):
+    x = given()
+    divergence, knobs = DIVERGENCES[name][0], {"dkd": (1.0, 8.0), "dkd_2_0.5": (2.0, 0.5)}[name]
+    log_p = (x.teacher_hidden @ x.teacher_head.T + x.teacher_bias).log_softmax(-1)
+    top, ids = log_p.topk(5, -1)
+    log_q = (x.hidden @ x.head.T + x.bias).log_softmax(-1)
+    same = ids == x.labels[..., None]
+    y = torch.where(same.any(-1), same.int().argmax(-1), 5)
+    rest = F.one_hot(y, 6) == 0
+
+    def parts(log: Tensor) -> tuple[Tensor, Tensor]:
+        yes = log.gather(-1, y[..., None]).exp()
+        return torch.cat([yes, 1 - yes], -1).log(), log[rest].view(*log.shape[:-1], -1).log_softmax(-1)
+
+    (is_q, others_q), (is_p, others_p) = parts(coarse(log_q, ids)), parts(coarse(log_p, ids))
+    wanted = torch.where(MASK, knobs[0] * forward_kl(is_q, is_p) + knobs[1] * forward_kl(others_q, others_p), 0)
+    (found,) = head_loss(heads(x)[0], Sparse(ids, top), [Term(divergence)], mask=MASK, labels=x.labels)
+    assert far(found, wanted) < 1e-9
+    expected = gradients((wanted * WEIGHTS).sum(), x.leaves())
+    for a, b in zip(gradients((found * WEIGHTS).sum(), x.leaves()), expected, strict=True):
+        assert far(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("name", [n for n in DIVERGENCES if n.startswith("dkd")])
+def test_room_for_more_draws_changes_nothing_where_only_the_label_was_drawn(name: str):
+    logits, term = torch.linspace(-1, 1, 8).tolist(), Term(DIVERGENCES[name][0])
+    one = one_row(logits, Sparse.counts(torch.tensor([[3]]), torch.ones(1, 1)), term, torch.float32, 3)
+    more = Sparse.counts(torch.tensor([[3, -1, -1]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    padded = one_row(logits, more, term, torch.float32, 3)
+    assert torch.isfinite(one[0]) and torch.equal(one[0], padded[0]) and torch.equal(one[1], padded[1])
 
 
 def test_top_k_bounds_the_full_divergence_from_below():

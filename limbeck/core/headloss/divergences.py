@@ -198,14 +198,16 @@ def dkd(rows: Rows, *, alpha: float = 1.0, beta: float = 8.0) -> Pair:
     y = rows.labels[:, None]
     (is_q, others_q), (is_p, others_p) = _split(rows.log_q, y), _split(rows.log_p, y)
     q, p, yes_q, yes_p = others_q.exp(), others_p.exp(), is_q.exp(), is_p.exp()
-    value = alpha * _kl(yes_p, yes_q, is_q - is_p) + beta * _kl(p, q, others_q - others_p)
+    told = (is_p[:, 1:] > FLOOR / 2).to(q.dtype)  # a teacher that is all on the label says nothing of the others
+    value = alpha * _kl(yes_p, yes_q, is_q - is_p) + beta * told[:, 0] * _kl(p, q, others_q - others_p)
     # of q - p, for the label and for the rest, the one of smaller numbers has more digits
     more = alpha * torch.where(yes_p[:, :1] > 0.5, yes_p[:, 1:] - yes_q[:, 1:], yes_q[:, :1] - yes_p[:, :1])
-    return value, (q * (beta - more)).sub_(p, alpha=beta).scatter_(-1, y, more)
+    return value, (q * (beta * told - more)).sub_(p * told, alpha=beta).scatter_(-1, y, more)
 
 
 def _split(log_p: Tensor, y: Tensor) -> Pair:
     """Log-probabilities [n, 2] of [the label, not the label], and [n, C] among the others, nothing at the label."""
     others = log_p.scatter(-1, y, -torch.inf)
     rest = others.logsumexp(-1, keepdim=True).clamp_min(FLOOR)
-    return torch.cat([log_p.gather(-1, y), rest], -1), others.sub_(rest).clamp_min_(FLOOR)
+    none = others <= FLOOR  # also where the rest is no more
+    return torch.cat([log_p.gather(-1, y), rest], -1), others.sub_(rest).clamp_min_(FLOOR).masked_fill_(none, FLOOR)

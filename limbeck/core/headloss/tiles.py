@@ -243,18 +243,21 @@ def _by_class(divergence: Divergence, full: Rows, ids: Tensor, log_p: Tensor) ->
     """Value [n] and gradient to the logits [n, V] where words other than `ids` [n, K] are one class, the last of log_p
     [n, K + 1]. -1 is no word."""
     real, at = ids >= 0, ids.clamp_min(0)
-    tiny = torch.finfo(log_p.dtype).tiny
     of_ids = full.q.gather(-1, at) * real
-    others = full.q.scatter_add(-1, at, -of_ids)  # not 1 - sum: a small rest keeps its digits
-    rest = others.sum(-1, keepdim=True).clamp_min_(tiny)
-    log_q = torch.cat([full.log_q.gather(-1, at).masked_fill(~real, FLOOR), rest.log()], -1)
+    gone = torch.where(real, FLOOR, torch.inf).to(full.log_q)
+    others = full.log_q.scatter_reduce(-1, at, gone, "amin")
+    rest = others.logsumexp(-1, keepdim=True).clamp_min_(FLOOR / 2)  # in logarithms: it may be below what a float holds
+    shares = others.sub_(rest).exp_()
+    log_q = torch.cat([full.log_q.gather(-1, at).masked_fill(~real, FLOOR), rest], -1)
+    # where every word is kept there is no tail, and what rounding leaves of it must not count
+    log_p = torch.cat([log_p[:, :-1], torch.where(rest > FLOOR / 2, log_p[:, -1:], FLOOR)], -1)
     label = full.label
     if label is not None:
         same = ids == label[:, None]
         label = torch.where(same.any(-1), same.int().argmax(-1), ids.shape[-1])
     value, slope = divergence(Rows(log_q, log_p, label))
     total = slope.sum(-1, keepdim=True)
-    grad = others.mul_(slope[:, -1:] / rest - total)
+    grad = shares.mul_(slope[:, -1:] - rest.exp() * total)
     return value, grad.scatter_add_(-1, at, (slope[:, :-1] - of_ids * total) * real)
 
 

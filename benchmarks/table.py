@@ -10,7 +10,9 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
 
 
-def rows(overhead: dict[str, Any], replay: dict[str, Any], signals: dict[str, Any]) -> list[list[str]]:
+def rows(
+    overhead: dict[str, Any], replay: dict[str, Any], signals: dict[str, Any], headloss: dict[str, Any]
+) -> list[list[str]]:
     """What, goal, found."""
     table = []
     for clock in ("processor", "wall"):
@@ -40,14 +42,26 @@ def rows(overhead: dict[str, Any], replay: dict[str, Any], signals: dict[str, An
     table.append([what, f"at most {goals['step_ratio']:.2f}x", found])
     read = signals["decode_ms"][-1]
     table.append(["signals: reading stored draws", "", f"{read['median']:.1f} ms for {read['tokens']} tokens"])
+    for case, told in headloss["cases"].items():
+        ways, kind = told["ways"], case.split()[-1]
+        mine = ways["exact"]
+        ratios = {name: mine["ratio_to"][name] for name in ("logits", "trl", "liger")}
+        bars = "0.6x of TRL" if kind == "bf16" else "1.0x of logits, 0.6x of TRL, half the memory beyond gradients"
+        speed = ", ".join(f"{ratio:.2f}x of {name}" for name, ratio in ratios.items())
+        size, error = (1e-6 * mine["beyond_gradients_bytes"], max(mine["gradient_error"].values()))
+        of = 1e-6 * ways["logits"]["beyond_gradients_bytes"]
+        found = (
+            f"{speed} ({mine['median_seconds']:.2f} s); {size:.0f} MB (logits: {of:.0f}); gradient off by {error:.1e}"
+        )
+        table.append([f"headloss: exact forward KL, {case}", bars, found])
     return table
 
 
 def main() -> None:
-    parts = ("overhead", "replay", "signals")
-    overhead, replay, signals = (json.loads((HERE / "results" / f"{n}.json").read_text()) for n in parts)
+    parts = ("overhead", "replay", "signals", "headloss")
+    overhead, replay, signals, headloss = (json.loads((HERE / "results" / f"{n}.json").read_text()) for n in parts)
     head = [["measured", "goal", "found"], ["---"] * 3]
-    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(overhead, replay, signals))]
+    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(overhead, replay, signals, headloss))]
     versions = f"\nWith torch {overhead['torch']} and Python {overhead['python']}.\n"
     page = HERE / "README.md"
     before, rest = page.read_text().split(BEGIN)

@@ -71,6 +71,7 @@ class Episode(nn.Module):
     """The policy gradient of the batches since the policy last moved, sum_i r_i grad log pi(a_i | s_i), as buffers.
 
     width: of a state. A running mean of past rewards, which forgets by `memory`, is the baseline where `memory` > 0.
+    teachers: M; how often each was chosen since the start is in `chosen` [M], of `offered`.
     """
 
     weight: Tensor
@@ -78,8 +79,10 @@ class Episode(nn.Module):
     count: Tensor
     mean: Tensor
     met: Tensor
+    chosen: Tensor
+    offered: Tensor
 
-    def __init__(self, width: int, memory: float) -> None:
+    def __init__(self, width: int, memory: float, teachers: int) -> None:
         super().__init__()
         self.memory = memory
         self.register_buffer("weight", torch.zeros(1, width))
@@ -87,6 +90,8 @@ class Episode(nn.Module):
         self.register_buffer("count", torch.tensor(0.0))
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("met", torch.tensor(False))
+        self.register_buffer("chosen", torch.zeros(teachers))
+        self.register_buffer("offered", torch.tensor(0.0))
 
     @torch.no_grad()
     def add(self, states: Tensor, odds: Tensor, actions: Tensor, reward: Tensor, counts: Tensor) -> None:
@@ -96,7 +101,10 @@ class Episode(nn.Module):
         slope = (actions.to(odds) - odds.sigmoid()) * counts  # of the log-probability, to the log-odds
         self.weight += advantage * everyone(torch.einsum("mb,mbd->d", slope, states)[None]).sum(0)
         self.bias += advantage * everyone(slope.sum()[None]).sum()
-        self.count += everyone(counts.sum().float()[None]).sum()
+        here = everyone(counts.sum().float()[None]).sum()
+        self.count += here
+        self.offered += here
+        self.chosen += everyone((actions * counts).sum(1).float()[None]).sum(0)
         self.mean.copy_(torch.where(self.met, self.memory * self.mean + (1 - self.memory) * reward, reward))
         self.met.fill_(True)
 

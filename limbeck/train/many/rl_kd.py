@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
+from limbeck.core.imagine import run_with
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.reduce import Part, labelled, mean
@@ -40,7 +41,9 @@ class RLKD:
 
     *Needs*: nets.teachers (or nets.teacher) over the student's classes; one label an example; nets.student, best with
         `emb`. *Relates to*: `several_teachers` listens to all of them; use this one where some are wrong at times.
-    *Differs*: see the card. Costs one more forward pass of the student a step.
+    *Differs*: see the card. Costs one more forward pass of the student a step. The reward is read with the statistics
+    of the batch, where there are batch norms, as running ones lag behind a student that moves fast. `figures` say how
+    often each teacher was chosen.
     """
 
     alpha: float = 1.0
@@ -66,8 +69,9 @@ class RLKD:
         """Build the policy on one batch."""
         require(probe["labels"].ndim == 1, "labels", list(probe["labels"].shape), "one an example, [B]")
         with torch.no_grad(), evaluating(nets.student):
-            width = states(nets.run("student", probe), all_say(nets, probe, "rl_kd"), probe["labels"]).shape[-1]
-        nets.policy, nets.episode = Policy(width, self.start), Episode(width, self.baseline)
+            seen = states(nets.run("student", probe), all_say(nets, probe, "rl_kd"), probe["labels"])
+        teachers, width = len(seen), seen.shape[-1]
+        nets.policy, nets.episode = Policy(width, self.start), Episode(width, self.baseline, teachers)
 
     def taught(self, logits: Tensor, teachers: Tensor, actions: Tensor) -> Tensor:
         """Mean over the chosen teachers of the student's divergence: [B, C], [M, B, C], [M, B] -> [B]."""
@@ -89,8 +93,8 @@ class RLKD:
         if self.alpha:
             parts["kd"] = self.alpha * mean(self.taught(told["logits"], teachers, actions), mask)
         yield "student", parts
-        with torch.no_grad(), evaluating(nets.student):
-            now = nets.run("student", batch)["logits"]
+        with torch.no_grad():
+            now = run_with(nets, "student", {}, batch)["logits"]
         reward = -mean(ce(now, labels), known).value
         if self.reward == "total":
             reward = reward - self.alpha * mean(self.taught(now, teachers, actions), mask).value
@@ -100,3 +104,8 @@ class RLKD:
         """A new episode begins once the policy has moved."""
         if player == "policy":
             nets.episode.end()
+
+    def figures(self, nets: Nets) -> dict[str, float]:
+        """How often each teacher was chosen, of all that it could have been: in [0, 1]."""
+        rates = nets.episode.chosen / nets.episode.offered.clamp_min(1)
+        return {f"chosen_teacher_{k}": float(rate) for k, rate in enumerate(rates)}

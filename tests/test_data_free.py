@@ -553,6 +553,42 @@ def test_abd_tests_its_vaccine_by_the_tail_of_the_divergences():
     assert vaccine.tail(torch.linspace(0.5, 2.0, 31)) == 0
 
 
+@pytest.mark.parametrize(
+    "host", [{"zskt": {"latent": 8, "student_steps": 3}}, {"dfq": {"latent": 8, "warmup": 4}}], ids=["zskt", "dfq"]
+)
+def test_abd_tests_its_vaccine_on_what_the_student_is_shown_first(
+    host: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """Once a step, be the same pictures shown several times, and whenever the student's turns begin."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(vaccine.Shuffled, "select", lambda self, nets, player, inputs: (
+        seen.append(inputs.clone()), self.tested.fill_(True), self.active.fill_(True)
+    ))  # fmt: skip
+    scene = toys.place(
+        knobs.make("abd", {"host": host, "trial": 3, "layers": 2, "retrospection": 0}), "datafree", steps=9
+    )
+    fitted = play(scene)
+    size = scene.nets.suspects.size
+    assert [len(inputs) for inputs in seen] == [size] and len(seen[0].flatten(1).unique(dim=0)) == size
+    assert bool(scene.nets.vaccine.active) and any("vaccine" in parts for *_, parts in fitted.turns)
+
+
+def test_zskt_asks_for_the_features_that_it_weighs():
+    class Bare(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits: Tensor = self.net(inputs)["logits"]
+            return logits
+
+    scene = toys.place(knobs.make("zskt", {"latent": 8}), "datafree", steps=2)
+    scene.nets.student = Bare(scene.nets.student)
+    with pytest.raises(BadInput, match="returns no 'feats', which `attention` weighs; tap them"):
+        play(scene)
+
+
 @pytest.mark.parametrize("host", ["zskt", "cmi"])
 def test_abd_without_vaccine_and_retrospection_is_its_host(host: str):
     given = {"latent": 8} | ({"student_steps": 2} if host == "zskt" else {"iterations": 2, "every": 2})

@@ -42,6 +42,14 @@ def need_embedding(told: Mapping[str, Any], knob: str) -> None:
         )
 
 
+def need_features(told: Mapping[str, Any], knob: str) -> None:
+    """Raise BadInput unless a network returns features of its layers, which `knob` weighs."""
+    if "feats" not in told:
+        raise BadInput(
+            f"a network returns no 'feats', which `{knob}` weighs; tap them (taps: {{feats: [...]}}) or set it to 0"
+        )
+
+
 def unevenness(logits: Tensor) -> Tensor:
     """sum_c p_c log p_c [] of the mean prediction p over the batch; -log C, the least, when all classes are even."""
     p = log_probs(logits).exp().mean(0)

@@ -27,6 +27,7 @@ class Shuffled(nn.Module):
     """
 
     active: Tensor
+    tested: Tensor
 
     def __init__(self, net: nn.Module, layers: int, copies: int) -> None:
         super().__init__()
@@ -39,6 +40,7 @@ class Shuffled(nn.Module):
             order = torch.arange(weight.shape[1], device=weight.device)
             self.register_buffer(f"order{i}", order.repeat(copies, 1))
         self.register_buffer("active", torch.ones((), dtype=torch.bool))
+        self.register_buffer("tested", torch.zeros((), dtype=torch.bool))
         self.shuffle()
 
     @torch.no_grad()
@@ -71,6 +73,7 @@ class Shuffled(nn.Module):
         """Be active with the first orders of which the `tail` on these inputs is above `least`, or not at all."""
         told = nets.run(player, {"inputs": inputs})["logits"]
         self.active.fill_(False)
+        self.tested.fill_(True)
         for trial in range(trials):
             if trial:
                 self.shuffle()

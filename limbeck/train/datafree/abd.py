@@ -38,8 +38,9 @@ class ABD:
 
     host: the method that is guarded, with its knobs, such as {"zskt": {"latent": 64}} or {"cmi": {}}.
     vaccine: weight >= 0. layers, copies: >= 0 and >= 1; 0 layers is no vaccine.
-    trial: steps >= 0 without vaccine whose pictures then test it: `tail` of their divergences must be above 0.02, else
-        the orders are drawn again, up to 8 times, and then it is given up. 0 is no test; the paper takes 50.
+    trial: steps >= 0 without vaccine, the first in which the student learns; what it is shown first in each of them
+        then tests the vaccine: `tail` of their divergences must be above 0.02, else the orders are drawn again, up to 8
+        times, and then it is given up. 0 is no test; the paper takes 50.
     retrospection: weight >= 0. start: progress in [0, 1] from which the student looks back.
     search: steps of Adam, >= 1, that find d. search_rate: its rate, > 0. share: of the pictures that get d, in (0, 1].
 
@@ -105,9 +106,10 @@ class ABD:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """The host's turns, each with what guards it."""
-        guarded = "vaccine" in nets
-        if guarded and self.trial and (clock.stage, clock.t) == (0, self.trial):
+        guarded, tried = "vaccine" in nets, "suspects" in nets and not bool(nets.vaccine.tested)
+        if tried and int(nets.suspects.added) >= nets.suspects.size:
             nets.vaccine.select(nets, "teacher", nets.suspects.all()["inputs"])
+            tried = False
         turns = self.made.step(nets, batch, clock)
         while True:
             with shown_to(nets.teacher, nets.student) as shown:
@@ -122,8 +124,9 @@ class ABD:
                 parts["vaccine"] = -self.vaccine * nets.vaccine.suspicion(nets, "teacher", pictures, logits)
             if player == "student":
                 pictures = shown["learner"][0]
-                if "suspects" in nets and clock.stage == 0 and clock.t < self.trial:
+                if tried:  # once a step: a host may show the same pictures several times
                     nets.suspects.add(inputs=pictures)
+                    tried = False
                 if self.retrospection and clock.progress >= self.start:
                     looked = lookback(nets, "student", pictures, self.search_rate, self.search, self.share)
                     parts["retrospection"] = self.retrospection * looked

@@ -30,7 +30,8 @@ def apart(student: Tensor, teacher: Tensor) -> Tensor:
     code="gaurav104/LRA@40a8941:src/agents/predfkd_meta_memory.py",
     differs="Memory of pictures; not the paper's other one, an autoencoder that makes them again. Disagreement is the "
     "Jensen-Shannon divergence, which the code turns round, clamps and divides by C. Pictures are put into memory "
-    "every so many steps, not epochs",
+    "every so many steps, not epochs. In the code theta' starts from a copy of theta, so that retention gives the "
+    "student no gradient: it is `retention: 0` here",
 )
 @dataclass(frozen=True)
 class LRADFKD:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from limbeck.core.card import method, require
-from limbeck.core.imagine import check_generator
+from limbeck.core.imagine import check_generator, need_features
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import kl
-from limbeck.core.nets import Batch, Nets
+from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.reduce import mean
 from limbeck.losses.attention.at import at
 
@@ -59,7 +59,11 @@ class ZSKT:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Check that the generator reads codes of `latent` numbers and that the teacher reads its pictures."""
-        check_generator(nets, self.latent)
+        pictures, told = check_generator(nets, self.latent)
+        if self.attention:
+            with torch.no_grad(), evaluating(nets.student):
+                for said in (told, nets.run("student", {"inputs": pictures})):
+                    need_features(said, "attention")
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """Turns of the generator, then of the student, on the pictures of one batch of codes."""

@@ -72,7 +72,7 @@ class DeepInversion:
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
 
     def optimizers(self) -> dict[str, dict[str, Any]]:
-        """The rate of pictures is that of the code for CIFAR, the betas those of its ImageNet form; the student's ours."""
+        """The rate is that of the code for CIFAR, the betas those of its ImageNet form; the student's are ours."""
         student = {"sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
         return {"images": {"adam": {"lr": 0.1, "betas": [0.5, 0.9]}}, "student": student}
 

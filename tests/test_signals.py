@@ -551,6 +551,21 @@ def test_the_report_says_what_was_lost_and_where_the_bytes_are(tmp_path: Path) -
     assert 0 < reports["full"].kl < 1e-2
 
 
+@pytest.mark.parametrize("spec", ["sampled", {"topk": {"k": 8}}, {"topk": {"k": 38}}, "full"], ids=str)
+def test_words_that_a_teacher_forbids_are_no_part_of_the_bias(spec: object, tmp_path: Path) -> None:
+    class Forbids:
+        fingerprint, vocab, alone = "forbids", 40, True
+
+        def ask(self, documents, kind):
+            for d in documents:
+                z = 2 * torch.randn(len(d.asked), 40, generator=torch.Generator().manual_seed(d.id))
+                yield torch.cat([z[:, :-3], torch.full_like(z[:, :3], -torch.inf)], -1)
+
+    documents = [Document(i, torch.arange(10)) for i in range(4)]
+    f = SignalStore.open(capture(Forbids(), documents, tmp_path / "s", kind=spec)).info().fidelity
+    assert abs(f.bias) < 0.5 and f.bias_error < 0.1, f
+
+
 def test_sampled_targets_of_a_49k_vocabulary_take_less_than_40_bytes(tmp_path: Path) -> None:
     """Zipf's law at about 12 distinct ids of 50 draws."""
     vocab, g = 49152, torch.Generator().manual_seed(0)

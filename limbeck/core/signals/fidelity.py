@@ -65,23 +65,26 @@ def of_sparse(kind: Sampled | TopK, entries: Entries, logits: Tensor) -> dict[st
     inside = inside.to(ids.device)
     kept, p = log_p.gather(-1, ids).masked_fill(~inside, FLOOR), log_p.exp()
     entropy, square = -(p * log_p).sum(-1), p.square().sum(-1)
-    mass, of_kept = kept.exp().sum(-1), kept.exp().square().sum(-1)
+    of_ids = kept.exp()
+    mass, of_kept = of_ids.sum(-1), of_ids.square().sum(-1)
     if isinstance(kind, Sampled):
         w = known["teacher_weights"].double()
         kl = torch.where(w > 0, w * (w.log() - kept), 0.0).sum(-1) + 1 - w.sum(-1)
         rest, count = torch.zeros_like(mass), torch.ones_like(mass)
     else:
         w = known["teacher_logprobs"].double().exp()
-        count = (log_p.shape[-1] - inside.sum(-1)).double()
+        told = log_p > FLOOR / 2  # a word that the teacher forbids is none: its logarithm says nothing of the gradient
+        count = (told.sum(-1) - (inside & (kept > FLOOR / 2)).sum(-1)).double()
         rest = torch.where(count > 0, (1 - w.sum(-1)).clamp_min(0), 0.0)
         even = (rest / count.clamp_min(1)).clamp_min(1e-12)
         outside = (p.sum(-1) - mass).clamp_min(0)
         entropy_out = entropy + (kept.exp() * kept).sum(-1)  # - sum p log p outside the kept
         kl = (kept.exp() * (kept - w.clamp_min(1e-30).log())).masked_fill(~inside, 0).sum(-1)
         kl = (kl - entropy_out - outside * even.log()).clamp_min(0)
-    outside_logs = log_p.sum(-1) - kept.masked_fill(~inside, 0).sum(-1)
+    kept = kept.masked_fill(kept < FLOOR / 2, 0)
+    outside_logs = log_p.masked_fill(log_p < FLOOR / 2, 0).sum(-1) - kept.masked_fill(~inside, 0).sum(-1)
     bias = (w * kept).masked_fill(~inside, 0).sum(-1) + rest / count.clamp_min(1) * outside_logs + entropy
-    near = (w - kept.exp()).masked_fill(~inside, 0).square().sum(-1)
+    near = (w - of_ids).masked_fill(~inside, 0).square().sum(-1)
     far = square - of_kept - 2 * rest / count.clamp_min(1) * (p.sum(-1) - mass) + rest.square() / count.clamp_min(1)
     return _sums(mass, kl, bias, near + far)
 
@@ -90,7 +93,8 @@ def of_dense(logits: Tensor, again: Tensor) -> dict[str, float]:
     """The same from logits [P, V] and the log-probabilities that will be read back."""
     log_p, log_w = log_probs(logits.float()).double(), again.to(logits.device).double()
     p, w = log_p.exp(), log_w.exp()
-    return _sums(p.sum(-1), kl_logprobs(log_p, log_w), ((w - p) * log_p).sum(-1), (w - p).square().sum(-1))
+    bias = ((w - p) * log_p.masked_fill(log_p < FLOOR / 2, 0)).sum(-1)
+    return _sums(p.sum(-1), kl_logprobs(log_p, log_w), bias, (w - p).square().sum(-1))
 
 
 def _sums(mass: Tensor, kl: Tensor, bias: Tensor, spread: Tensor) -> dict[str, float]:

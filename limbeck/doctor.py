@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 EXTRAS = {
-    "text": ("transformers", "datasets", "tokenizers", "peft"),
+    "text": ("transformers", "datasets", "tokenizers", "peft", "zstandard"),
     "vision": ("timm", "torchvision"),
     "generative": ("diffusers", "torchdiffeq", "geomloss"),
     "retrieval": ("sentence_transformers", "ir_measures"),

@@ -11,6 +11,7 @@ from limbeck.adapters.files import load
 from limbeck.adapters.tasks import UNLABELLED
 from limbeck.core.batches import Batches
 from limbeck.core.errors import BadInput
+from limbeck.core.match import parse
 from tests import tiny
 
 SPEC: dict[str, Any] = {"name": "digits", "labelled": 7, "known": [8, "1", 3]}
@@ -129,3 +130,24 @@ def test_a_student_learns_from_labelled_and_unlabelled(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(RECIPE))
     called = tiny.limbeck("run", path, "--out", tmp_path / "run")
     assert called.code == 0, called.err
+
+
+@pytest.mark.parametrize(
+    "name", ["churn_distill", "dkd", "nkd", "sd_gt_guidance", "tfkd", "wsld", "atkd", "self_evolution_kd"]
+)
+def test_who_has_no_label_costs_nothing_and_changes_nobody(name: str) -> None:
+    match, draw = parse(name), torch.Generator().manual_seed(0)
+    labels = torch.tensor([1, -100, 3, 2, -100, 0])
+    z, t = (torch.randn(6, 9, generator=draw, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_()
+    known = labels >= 0
+
+    def value(rows: torch.Tensor) -> torch.Tensor:
+        have = {"student_logits": z[rows], "teacher_logits": t[rows], "labels": labels[rows]}
+        found: torch.Tensor = match.loss(*[have[n] for n in match.needs])
+        return found
+
+    everyone, alone = value(torch.ones_like(known)), value(known)
+    assert torch.equal(everyone[known], alone) and not everyone[~known].any()
+    (mine,), (its,) = (torch.autograd.grad(v.sum(), z) for v in (everyone, alone))
+    torch.testing.assert_close(mine, its)

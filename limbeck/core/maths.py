@@ -41,6 +41,11 @@ def fusible(*constants: Tensor | float) -> bool:
 # ---------------------------------------------------------------- divergences
 
 
+def where_labelled(values: Tensor, labels: Tensor) -> Tensor:
+    """Values [...] of a loss against labels [...]; 0 where there is no label, as -100 says."""
+    return torch.where(labels >= 0, values, torch.zeros_like(values))
+
+
 def label_logprobs(logits: Tensor, labels: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """log softmax(logits / temperature)[label]: [..., V], [...] -> [...]; of class 0 where a label is negative."""
     chosen: Tensor = log_probs(logits, temperature).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)

@@ -112,6 +112,20 @@ def test_a_step_without_logits_is_the_step_with_them(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dkd", {"dkd": {"beta": 2.0}}], ids=str)
+def test_words_without_a_label_are_nobody_for_losses_that_ask_for_it(
+    name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    pair, student, teacher, data = Pair("student", "teacher", parse_all([name, "kd"])), zoo(16), zoo(32), batch(True)
+    expected, wanted = step(pair, student, teacher, data)
+    monkeypatch.setattr(route, "WORTH", 8)
+    found, grads = step(pair, student, teacher, data)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def _counted(call: Callable[..., Any], seen: list[bool]) -> Callable[..., Any]:
     def counting(*args: Any, **knobs: Any) -> Any:
         seen.append(True)

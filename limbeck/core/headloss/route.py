@@ -84,7 +84,7 @@ def teacher_of(have: Mapping[str, Any]) -> Teacher | None:
 def parts(matches: Sequence[Match], have: Mapping[str, Any], progress: float) -> dict[str, Part]:
     """The weighted mean of every loss by name, in one pass over the vocabulary.
 
-    A place without a label, as -100 says, gives 0 to the losses that ask the labels alone, as it does with logits.
+    A place without a label, as -100 says, gives 0 to the losses that ask for labels, as it does with logits.
     """
     student = head_of(have, "student")
     assert student is not None
@@ -98,7 +98,7 @@ def parts(matches: Sequence[Match], have: Mapping[str, Any], progress: float) ->
     told = None if labels is None else labels >= 0
     groups = [list(range(len(terms)))]
     if told is not None and not bool(told.all()):
-        of_labels = [k for k, t in enumerate(terms) if t.against == "labels"]
+        of_labels = [k for k, m in enumerate(matches) if "labels" in m.needs]
         groups = [of_labels, [k for k in groups[0] if k not in of_labels]]
     values: dict[int, Tensor] = {}
     for group, counts in zip(groups, (mask, mask) if len(groups) == 1 else (_both(mask, told), mask), strict=False):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.headloss import Term, divergences
-from limbeck.core.maths import kl_by_label
+from limbeck.core.maths import kl_by_label, where_labelled
 
 
 def _head(*, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> Term:
@@ -50,4 +50,5 @@ def dkd(
     require(beta >= 0, "beta", beta, ">= 0")
     require(temperature > 0, "temperature", temperature, "> 0")
     weights = temperature**2 * alpha, temperature**2 * beta
-    return kl_by_label(student_logits, teacher_logits.detach(), labels, *weights, temperature)
+    value = kl_by_label(student_logits, teacher_logits.detach(), labels.clamp_min(0), *weights, temperature)
+    return where_labelled(value, labels)

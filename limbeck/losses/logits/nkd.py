@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import log_probs
+from limbeck.core.maths import label_logprobs, log_probs, where_labelled
 from limbeck.core.responses import others
 
 
@@ -38,9 +38,9 @@ def nkd(
     """
     require(gamma >= 0, "gamma", gamma, ">= 0")
     require(temperature > 0, "temperature", temperature, "> 0")
-    teacher_logits, label = teacher_logits.detach(), labels.unsqueeze(-1)
-    log_s, log_t = (log_probs(z).gather(-1, label).squeeze(-1) for z in (student_logits, teacher_logits))
-    log_s_other, log_t_other = (log_probs(others(z, labels), temperature) for z in (student_logits, teacher_logits))
+    logits, known = (student_logits, teacher_logits.detach()), labels.clamp_min(0)
+    log_s, log_t = (label_logprobs(z, known) for z in logits)
+    log_s_other, log_t_other = (log_probs(others(z, known), temperature) for z in logits)
     target = -log_t.exp() * log_s
     non_target = -(log_t_other.exp() * log_s_other).sum(-1)
-    return target + gamma * temperature**2 * non_target
+    return where_labelled(target + gamma * temperature**2 * non_target, labels)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import kl_logprobs, log_probs
+from limbeck.core.maths import kl_logprobs, log_probs, where_labelled
 
 
 @method(
@@ -43,8 +43,8 @@ def tfkd(
     require(temperature > 0, "temperature", temperature, "> 0")
     require(student_temperature > 0, "student_temperature", student_temperature, "> 0")
     log_q = log_probs(student_logits, student_temperature)
-    virtual = virtual_teacher(labels, log_q.shape[-1], certainty).to(log_q)
-    loss = kl_logprobs(log_probs(virtual, temperature), log_q)
+    virtual = virtual_teacher(labels.clamp_min(0), log_q.shape[-1], certainty).to(log_q)
+    loss = where_labelled(kl_logprobs(log_probs(virtual, temperature), log_q), labels)
     return loss / log_q.shape[-1] if as_released else loss
 
 

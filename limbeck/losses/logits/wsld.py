@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import log_probs
+from limbeck.core.maths import label_logprobs, log_probs, where_labelled
 
 EPSILON = 1e-7  # added to the teacher's label loss by the code
 
@@ -29,10 +29,8 @@ def wsld(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temp
         constant, the teacher's entropy; `dkd` also asks what soft labels say beyond the label.
     """
     require(temperature > 0, "temperature", temperature, "> 0")
-    teacher_logits, label = teacher_logits.detach(), labels.unsqueeze(-1)
-    student_ce, teacher_ce = (
-        -log_probs(z).gather(-1, label).squeeze(-1) for z in (student_logits.detach(), teacher_logits)
-    )
+    teacher_logits = teacher_logits.detach()
+    student_ce, teacher_ce = (-label_logprobs(z, labels) for z in (student_logits.detach(), teacher_logits))
     weight = 1 - (-student_ce / (teacher_ce + EPSILON)).exp()
     soft = -(log_probs(teacher_logits, temperature).exp() * log_probs(student_logits, temperature)).sum(-1)
-    return weight * temperature**2 * soft
+    return where_labelled(weight * temperature**2 * soft, labels)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import kl, pair
+from limbeck.core.maths import kl, pair, where_labelled
 
 
 @method(
@@ -44,10 +44,10 @@ def atkd(
     require(0 <= alpha <= 1, "alpha", alpha, "in [0, 1]")
     require(temperature > 0, "temperature", temperature, "> 0")
     student, teacher = pair(student_logits / temperature, teacher_logits.detach() / temperature)
-    student_binary, student_others = _split(student, labels)
-    teacher_binary, teacher_others = _split(teacher, labels)
+    student_binary, student_others = _split(student, labels.clamp_min(0))
+    teacher_binary, teacher_others = _split(teacher, labels.clamp_min(0))
     is_it_the_label, which_of_the_others = kl(student_binary, teacher_binary), kl(student_others, teacher_others)
-    counts = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+    counts = labels >= 0 if mask is None else mask.bool() & (labels >= 0)
     with torch.no_grad():
         doubt = torch.where(counts, teacher_binary.softmax(-1)[..., 1], torch.nan)
         easy = doubt < doubt.nanmedian()
@@ -56,7 +56,8 @@ def atkd(
         share_easy, share_hard = places / easy.sum().clamp_min(1), places / hard.sum().clamp_min(1)
     easy_term = alpha * share_easy * which_of_the_others
     hard_term = (1 - alpha) * share_hard * (is_it_the_label + which_of_the_others)
-    return temperature**2 * torch.where(easy, easy_term, torch.where(hard, hard_term, 0.0))
+    value = torch.where(easy, easy_term, torch.where(hard, hard_term, 0.0))
+    return where_labelled(temperature**2 * value, labels)
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

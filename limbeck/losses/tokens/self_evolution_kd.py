@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import FLOOR, kl_logprobs, log_probs, pair
+from limbeck.core.maths import FLOOR, kl_logprobs, log_probs, pair, where_labelled
 
 
 @method(
@@ -47,12 +47,13 @@ def self_evolution_kd(
     log_q = log_probs(student)
     with torch.no_grad():
         target = (1 - truth) * teacher.softmax(-1)
-        target = target.scatter_add(-1, labels.unsqueeze(-1), torch.full_like(target[..., :1], truth))
+        target = target.scatter_add(-1, labels.clamp_min(0).unsqueeze(-1), torch.full_like(target[..., :1], truth))
         log_r = target.log().clamp_min(FLOOR)
         difficulty = kl_logprobs(log_r, log_q)
-        seen = difficulty if mask is None else torch.where(mask.bool(), difficulty, torch.nan)
+        counts = labels >= 0 if mask is None else mask.bool() & (labels >= 0)
+        seen = torch.where(counts, difficulty, torch.nan)
         is_hard = (difficulty >= seen.flatten().nanquantile(1 - hard)) & (hard > 0)
         share = torch.where(is_hard, -prior * (-difficulty).expm1(), 0.0).unsqueeze(-1)
         given = (share.log() + log_r).clamp_min(FLOOR)
     helped = torch.logaddexp((1 - share).log().clamp_min(FLOOR) + log_q, given)
-    return kl_logprobs(log_r, helped)
+    return where_labelled(kl_logprobs(log_r, helped), labels)

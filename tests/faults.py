@@ -196,7 +196,7 @@ def _faults() -> Iterator[Fault]:
     yield _fault(
         "best weights not taken",
         loop,
-        "            shard.load(self.nets.find(player), state)",
+        "            shard.load(self.nets.find(name), state)",
         "            pass",
         LOOP,
     )

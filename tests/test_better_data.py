@@ -164,6 +164,18 @@ def test_mix_kd_ignores_scale_and_offset_of_the_teacher_and_leaves_what_is_clean
     assert [int((find.get("mix_kd")(clean=c).mix(20).share == 1).sum()) for c in (0.0, 0.5, 0.9)] == [0, 10, 18]
 
 
+def test_mix_kd_reads_the_labels_that_there_are(batch: Batch) -> None:
+    made, none, method = nets(), torch.arange(24) % 4 == 0, find.get("mix_kd")(clean=0.25)
+    labels = batch["labels"].masked_fill(none, -100)
+    torch.manual_seed(0)
+    _, parts = next(iter(method.step(made, {**batch, "labels": labels}, Clock(0, 1))))
+    torch.manual_seed(0)
+    mix = method.mix(24)
+    counts = ~none & (~none[mix.partner] | (mix.share == 1))
+    assert int(parts["ce"].count) == int(counts.sum()) < 18 and parts["kd"].count == 24
+    assert 0 < float(parts["ce"]) < 1
+
+
 # ---------------------------------------------------------------- cutmix_pick
 def test_cutmix_pick_scores_and_losses_are_the_official_ones() -> None:
     ref = reference("cutmix_pick")
@@ -498,6 +510,16 @@ def test_rad_asks_the_teacher_once_for_each_of_the_chosen() -> None:
     assert loss.tolist() == pytest.approx(ref["value"], rel=1e-6)
 
 
+def test_rad_looks_at_all_of_the_pool_when_a_part_of_each_batch_is_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    monkeypatch.setattr(Pool, "query", lambda pool, *_: looked.append(int(pool.said.isfinite().all(1).sum())))
+    for labelled, look in ((None, 7), (12, 11), (20, 35)):  # of 96, 72 have no label
+        made = nets()
+        made.factories["student"] = lambda: Eye(4)
+        fit(find.get("rad_active")(rounds=1), made, Batches(few_labels(6), 24, seed=3, labelled=labelled), Plan(2))
+        assert made.pool.look == look and looked.pop() == 72
+
+
 def test_pcoreset_buys_labels_in_rounds_and_keeps_the_mean_of_its_heads(batch: Batch) -> None:
     made = nets()
     made.factories["student"] = lambda: Eye(4)
@@ -518,6 +540,29 @@ def test_pcoreset_buys_labels_in_rounds_and_keeps_the_mean_of_its_heads(batch: B
 def test_what_is_made_in_each_step_needs_a_teacher_at_hand(name: str, batch: Batch) -> None:
     with pytest.raises(BadInput, match="not a store"):
         find.get(name)().setup(Nets(student=Eye(4)), batch)
+
+
+@pytest.mark.parametrize(
+    "name", ["funmatch", "mix_kd", "cutmix_pick", "hard_kd", "config_diffusion_augment", "pcoreset_activekd"]
+)
+def test_a_teacher_of_other_classes_is_refused(name: str, batch: Batch) -> None:
+    made = Nets(teacher=nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), student=Eye(4))
+    with pytest.raises(BadInput, match=f"`{name}` compares classes one by one, but the student has 4 classes and the"):
+        find.get(name)().setup(made, batch)
+
+
+def test_what_has_no_label_learns_from_the_store_or_does_not_count(batch: Batch) -> None:
+    said = torch.randn(24, CLASSES, dtype=F64).log_softmax(-1).sort(-1, descending=True)
+    labels = torch.where(torch.arange(24) % 3 == 0, batch["labels"], -100)
+    stored = {"teacher_ids": said.indices, "teacher_logprobs": said.values, "labels": labels}
+    p = recover(said.indices, said.values, CLASSES)
+    target = find.get("dataset_reinforcement")(reinforced=0.0).target(stored, CLASSES)
+    assert torch.allclose(target[labels < 0], p[labels < 0]) and (target[labels >= 0].amax(1) == 1).all()
+    for knobs in ({}, {"least": "drop"}, {"reliability": "top"}):
+        target, counts = find.get("ferkd")(**knobs).repaired(p, labels)
+        wanted, also = find.get("ferkd")(**knobs).repaired(p[labels >= 0], labels[labels >= 0])
+        assert torch.equal(target[labels >= 0], wanted) and torch.equal(counts[labels >= 0], also)
+        assert not counts[labels < 0].any()
 
 
 @pytest.mark.parametrize("name", ["ferkd", "dataset_reinforcement"])
@@ -588,3 +633,20 @@ def test_each_picture_is_painted_once_and_those_that_convince_the_teacher_are_le
         p = made.teacher(painted.images)["logits"].softmax(-1).gather(1, pictures(3)["labels"][:, None])[:, 0]
     assert torch.equal(p >= 0.5, painted.kept) and int(painted.kept.sum()) > 0
     assert "painted" not in fitted.turns[15][3] and "painted" in fitted.turns[-1][3]
+
+
+def test_micro_batches_without_a_convincing_picture_have_the_same_parts() -> None:
+    made = nets()
+    method = find.get("config_diffusion_augment")(prepare=0, sure=0.5, steps=1)
+    made.painter = Denoiser(Halving(), Flow(), "x0")
+    batch: Batch = next(Batches(pictures(3), 24, seed=3))
+    method.setup(made, batch | {"examples": 96})
+    for kept in (True, False):
+        made.painted.kept.fill_(kept)
+        _, parts = turn(method, made, batch, Clock(0, 1, stage=2))
+        assert set(parts) == {"ce", "kd", "painted"} and (parts["painted"] > 0) is kept
+
+
+def test_painting_needs_the_labels_of_all() -> None:
+    with pytest.raises(BadInput, match="labels of all"):
+        find.get("config_diffusion_augment")().setup(nets(), next(Batches(few_labels(), 24)))

@@ -16,7 +16,7 @@ from limbeck.core.batches import Batches, Table
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Fitted, Plan, fit
 from limbeck.core.mutual import facing
-from limbeck.core.nested import common
+from limbeck.core.nested import Around, common
 from limbeck.core.nets import Nets, outputs
 from limbeck.core.noise import WordNoise, closed_up, dropping, in_order, neighbour, put_back
 from limbeck.core.reduce import mean
@@ -25,7 +25,7 @@ from limbeck.losses.logits.pesf_kd import PESFKD
 from limbeck.train.online.ctcd import CTCD
 from limbeck.train.policy.noisy_self_kd_summ import NoisySelfKDSumm
 from limbeck.train.self.tsjt_multicap import TSJTMulticap
-from limbeck.zoo.transformer import LanguageModel, text_encoder, tiny_lm
+from limbeck.zoo.transformer import LanguageModel, text_encoder, tiny_lm, vit_tiny
 
 CLASSES, WIDTH, EXAMPLES, SIZE, WORDS = 4, 6, 40, 8, 12
 NOW = Clock(0, 10)
@@ -248,6 +248,19 @@ def test_the_other_is_a_constant_to_every_loss() -> None:
     assert not have["teacher_feats"][0].requires_grad and have["student_feats"][0].requires_grad
 
 
+def test_ctcd_compares_real_words_alone_where_heads_differ() -> None:
+    batch = {k: v[:, :4] for k, v in texts().items()} | {"words": torch.tensor(WORDS)}
+    peers = [nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, WORDS + more)) for more in (2, 6)]
+    said = [net(batch["inputs"])[..., :WORDS] for net in peers]
+    nets, method = Nets(peers=nn.ModuleList(peers)), CTCD(match=("ce", {"kd": {"temperature": 1.0}}, "uld"))
+    with pytest.warns(UserWarning, match=f"rows for {WORDS} words"):
+        method.setup(nets, batch)
+    for k, (_, parts) in enumerate(method.step(nets, batch, NOW)):
+        wanted = kd(said[k], said[1 - k], temperature=1.0)[batch["mask"]].mean()
+        assert float(parts["kd"]) == pytest.approx(wanted.item(), rel=1e-5)
+        assert ("uld" in parts) == (k == 0)
+
+
 @pytest.mark.parametrize("loss", ["kd", "dist"])
 def test_ctcd_has_nothing_to_say_to_its_equal(loss: str) -> None:
     one = Mlp()
@@ -315,7 +328,7 @@ def test_noise_of_sources_is_that_of_the_official_code() -> None:
 
 def test_noisy_at_weight_0_is_plain_training() -> None:
     batch, student = texts(), speaker()
-    method = NoisySelfKDSumm(weight=0.0, drop=0.0, shuffle=0, replace=0.0)
+    method = NoisySelfKDSumm(weight=0.0, drop=0.9, replace=0.9)  # there is neither noise nor a teacher
     ((_, parts),) = method.step(Nets(student=student), batch, NOW)
     logits = student(batch["inputs"])["logits"]
     assert list(parts) == ["ce"]
@@ -382,6 +395,17 @@ def test_no_sentence_moves_further_than_it_may(reach: int) -> None:
         assert sorted(order) == list(range(1, 8))
         furthest = max(furthest, *(abs(place - s) for place, s in enumerate(order, 1)))
     assert furthest == reach and not moved.any()
+
+
+def test_sentences_end_where_they_were_written_to_end() -> None:
+    embedding = torch.eye(10).repeat_interleave(2, 0)  # 2 i and 2 i + 1 become one another: 10, which ends, and 11
+    words = torch.tensor([[1, 4, 11, 10, 6, 7, 10, 8, 5, 10, 2, 17]] * 50)
+    batch = {"inputs": words, "mask": (torch.arange(12) >= 10).expand(50, -1)}
+    noise = WordNoise(shuffle=2, replace=1.0, ends=(10,), special=(0, 1, 2))
+    found = {tuple(row) for row in noise.on(batch, embedding)[0]["inputs"].tolist()}
+    assert len(found) > 1 and {(row[0], *row[10:]) for row in found} == {(1, 2, 17)}
+    for row in found:
+        assert sorted(row[k : k + 3] for k in (1, 4, 7)) == [(5, 10, 11), (7, 6, 11), (9, 4, 11)]
 
 
 def test_words_become_their_neighbours() -> None:
@@ -513,6 +537,15 @@ def test_who_shares_what_is_said_by_paths() -> None:
     ((_, parts),) = method.step(nets, texts(), NOW)
     own = torch.autograd.grad(parts["ce_large"].value, nets.student.norm.weight, allow_unused=True)
     assert own == (None,)
+
+
+def test_places_that_no_layer_holds_are_shared_too() -> None:
+    small, large = (vit_tiny(classes=3, channels=1, size=8, width=8, layers=n, heads=2) for n in (1, 2))
+    assert "places" in common(small, large) and common(small, large, ["places"]) == ["places"]
+    around = Around(large, small, common(small, large))
+    assert large.places is small.places and not any(p is small.places for p in around.parameters())
+    assert {p.shape for p in around.parameters()} == {p.shape for p in large.blocks[1].parameters()}
+    assert "places" not in common(small, vit_tiny(classes=3, channels=1, size=16, patch=2, width=8, heads=2))
 
 
 def test_the_large_network_may_be_the_student() -> None:

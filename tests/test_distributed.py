@@ -21,12 +21,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from limbeck.conformance import toys
 from limbeck.core import checkpoint, loop, shard
 from limbeck.core.batches import Batches, Table
+from limbeck.core.consensus import Errors
 from limbeck.core.errors import BadInput, Interrupted
 from limbeck.core.loop import Clock, Fitted, Plan, Turn, fit
 from limbeck.core.nets import Batch, Nets, outputs
+from limbeck.core.similarity import Probe
 from limbeck.core.taps import Taps
+from limbeck.train.augmented.config_diffusion_augment import ConfigDiffusionAugment
+from limbeck.train.augmented.hard_kd import HardKD
 from limbeck.train.many.takd import TAKD
 from limbeck.train.online.dml import DML
 from limbeck.train.plain.distill import Distill
@@ -244,6 +249,33 @@ def test_a_time_limit_is_that_of_the_first_process(tmp_path: Path):
     same(right["weights"], left["weights"])  # the learning rate follows the same watch
 
 
+def changed(low: float, steps: int) -> list[str]:
+    """Who had each turn of `hard_kd`."""
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    nets = Nets(teacher=toys.seeing_teacher(True), student=toys.Eye(4, seed=1))
+    data = Batches(toys.pictures(3), 24, seed=1, rank=rank, world=world)
+    plan = Plan(steps, optimizer={"adam": {"lr": 0.01}}, log_every=1)
+    return [player for *_, player, _ in fit(HardKD(low=low, patience=50), nets, data, plan).turns]
+
+
+def test_processes_change_pictures_and_learn_from_them_in_the_same_steps(tmp_path: Path):
+    left, right = processes(2, tmp_path, changed, 0.3, 24, limit=120)
+    assert left == right and set(left) == {"student", "augmentor"}
+
+
+def painted() -> str:
+    nets = Nets(teacher=toys.seeing_teacher(True), student=toys.Eye(4, seed=1))
+    try:
+        fit(ConfigDiffusionAugment(), nets, Batches(toys.pictures(3), 24), Plan(2))
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def test_pictures_are_painted_by_one_process(tmp_path: Path):
+    assert all("in one process" in said for said in processes(2, tmp_path, painted))
+
+
 def wrapped() -> str:
     from accelerate import Accelerator
 
@@ -264,6 +296,27 @@ def test_a_second_owner_of_the_gradients_is_refused(tmp_path: Path):
         == right
         == ("'student' is wrapped in DistributedDataParallel; give the module inside: the loop sums gradients")
     )
+
+
+# ---- what is remembered of some places -------------------------------------------------------------------------------
+def remembered() -> dict[str, Any]:
+    """Errors and features of eight examples, of which the first process would hold three that count, the second one."""
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    g = torch.Generator().manual_seed(0)
+    said, rows = torch.randn(2, 8, 3, generator=g, dtype=torch.float64), torch.randn(8, 5, generator=g)
+    labels, counts = torch.arange(8) % 3, torch.tensor([1, 1, 1, 0, 0, 1, 0, 0]).bool()
+    errors, probe = Errors(2), Probe([5], 6)
+    errors.add(said[:, part], labels[part], counts[part], 0)
+    probe.add([rows[part]], labels[part], counts[part])
+    return {"errors": dict(errors.state_dict()), "probe": dict(probe.state_dict())}
+
+
+def test_processes_may_hold_different_numbers_of_the_places_that_are_remembered(tmp_path: Path):
+    one, two = both(tmp_path, remembered)
+    assert int(one["errors"]["count"]) == int(one["probe"]["count"]) == 4
+    same(two, one, rtol=1e-12)
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------------

@@ -418,6 +418,14 @@ def test_it_beats_its_start_with_three_entries_and_resumes_with_the_same_bits(tm
     assert all(torch.equal(v, again.student.state_dict()[k]) for k, v in whole.student.state_dict().items())
 
 
+def test_what_remembers_every_example_knows_how_many_a_store_holds(tmp_path, table, teacher):
+    capture(teacher, table, tmp_path / "s", topk=2)
+    stream = StoredBatches(Batches(table, 10, seed=0), Store.open(tmp_path / "s"))
+    nets = Nets(student=Eye())
+    fit(knobs.make("distill", {"match": ("ps_kd",)}), nets, stream, Plan(5))  # all 50 examples come
+    assert len(nets.losses["ps_kd"].past.rows) == EXAMPLES
+
+
 def test_another_augmentation_is_another_capture(tmp_path):
     from limbeck.recipe import check
     from limbeck.verbs.build import setting

@@ -140,6 +140,27 @@ def test_branches_share_the_trunk_alone_and_run_it_once() -> None:
     assert grads[0].any() and not grads[1].any()
 
 
+class InPlace(Mlp):
+    """The same with a residual sum and rectifiers that write over what the layers returned."""
+
+    def forward(self, inputs: Tensor) -> dict[str, Any]:
+        shallow = self.norm(self.first(inputs))
+        shallow += inputs[:, :5]
+        return {"logits": self.head(self.second(shallow.relu_()).relu_())}
+
+
+def test_branches_read_the_trunk_as_it_was_where_the_network_writes_in_place() -> None:
+    nets = Nets(student=InPlace())
+    nets.factories["student"] = InPlace
+    knobs.make("one_ensemble", {"begin": "second"}).setup(nets, first_batch())
+    logits, _ = nets.branches.run(nets, "student", first_batch())
+    for k, own in enumerate(nets.branches.own):
+        whole = copy.deepcopy(nets.student)
+        whole.second, whole.head = own
+        assert torch.allclose(whole(first_batch()["inputs"])["logits"], logits[k + 1], atol=1e-6)
+    logits.sum().backward()
+
+
 def test_kl_part_is_zero_when_all_branches_agree() -> None:
     nets = branched()
     for own in nets.branches.own:
@@ -524,7 +545,7 @@ def test_log_chance_is_a_sum_of_bernoulli_ones_and_its_slope_is_action_minus_cha
 
 
 def test_an_episode_holds_the_policy_gradient_of_its_batches() -> None:
-    policy, episode = Policy(5, 0.7), Episode(5, 0.0)
+    policy, episode = Policy(5, 0.7), Episode(5, 0.0, 2)
     seen, counts = torch.randn(2, 2, SIZE, 5), torch.arange(SIZE) > 2
     assert policy(seen[0]).sigmoid().flatten().tolist() == pytest.approx([0.7] * 2 * SIZE)
     total = torch.zeros(())
@@ -559,7 +580,7 @@ def test_all_teachers_selected_is_their_uniform_mean() -> None:
 
 def test_a_policy_learns_to_leave_out_who_is_always_wrong() -> None:
     g = torch.Generator().manual_seed(2)
-    policy, episode = Policy(3, 0.5), Episode(3, 0.9)
+    policy, episode = Policy(3, 0.5), Episode(3, 0.9, 2)
     seen = torch.stack([torch.tensor([1.0, 0.0, 0.1]), torch.tensor([0.0, 1.0, 3.0])])[:, None].expand(2, 1, 3)
     climb = torch.optim.SGD(policy.parameters(), 0.5)
     for _ in range(300):
@@ -573,6 +594,24 @@ def test_a_policy_learns_to_leave_out_who_is_always_wrong() -> None:
         episode.end()
     chances = policy(seen).sigmoid()[:, 0].tolist()
     assert chances[0] > 0.8 and chances[1] < 0.2
+
+
+def test_a_reward_is_read_with_the_statistics_of_the_batch_and_moves_none() -> None:
+    """Running statistics lag behind a student that moves fast: read with them, rewards fell to -1327."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES))
+    nets = Nets(student=student, teachers=nn.ModuleList(nn.Linear(4, CLASSES) for _ in range(2)))
+    batch = {"inputs": 5 + torch.randn(SIZE, 4), "labels": torch.arange(SIZE) % CLASSES}
+    spec = RLKD(baseline=0.0)
+    spec.setup(nets, batch)
+    student.train()
+    (_,) = spec.step(nets, batch, Clock(1, 10))
+    assert int(student[1].num_batches_tracked) == 1
+    wanted = -F.cross_entropy(copy.deepcopy(student)(batch["inputs"]), batch["labels"])
+    assert float(nets.episode.mean) == pytest.approx(float(wanted), rel=1e-5)
+    told = spec.figures(nets)
+    assert set(told) == {"chosen_teacher_0", "chosen_teacher_1"} and all(0 < rate <= 1 for rate in told.values())
+    assert int(nets.episode.offered) == SIZE
 
 
 # ---------------------------------------------------------------- distill_weighted: sources by their likeness

@@ -499,6 +499,14 @@ def test_self_kd_ambiguity_has_the_parts_worked_by_hand():
     assert torch.equal(q.gather(1, batch["labels"][seen].unsqueeze(1)).squeeze(1), q.amax(1))  # the label stays first
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 12])
+def test_at_threshold_1_only_the_first_choice_decides(classes: int):
+    p, labels = torch.zeros(classes, classes).softmax(-1), torch.arange(classes)
+    assert not recalibrated(p, labels, 1.0)[1].any() and recalibrated(p, labels, 0.9)[1].all()
+    p[0, 1] += 0.1
+    assert recalibrated(p, labels, 1.0)[1].tolist() == [True] + [False] * (classes - 1)
+
+
 def test_without_weight_and_recalibration_it_is_training_with_two_exits():
     nets, kept = Nets(student=Mlp()), []
     start = copy.deepcopy(nets.student)

@@ -187,6 +187,20 @@ def test_shares_of_all_and_of_nothing() -> None:
     }
 
 
+@pytest.mark.parametrize(("share", "steps", "told"), [(0.1, 4, "mccc"), (0.9, 4, "mmmc"), (0.6, 1, "c")])
+def test_neither_the_rounds_nor_the_task_go_without_a_step(share: float, steps: int, told: str) -> None:
+    fitted = run(SelfDistFurtherPretrain(share=share, rounds=0), Nets(student=reader()), texts(), steps)
+    assert [next(iter(parts))[0] for *_, parts in fitted.turns] == list(told)
+
+
+@pytest.mark.parametrize("method", [SelfKDSSLCovid(), MoKD(**SMALL)])
+def test_the_only_step_of_a_run_is_one_of_the_task(method: Any) -> None:
+    nets = Nets(student=cnn())
+    nets.factories["peer"] = cnn
+    fitted = run(method, nets, pictures(), 1)
+    assert [list(parts) for *_, parts in fitted.turns] == [["ce"]] * len(fitted.turns) and not nets.companions
+
+
 def test_only_labelled_examples_belong_to_the_task() -> None:
     pools = SelfDistFurtherPretrain().pools(torch.tensor([2, -100, 0, -100]))
     assert pools["task"].tolist() == [0, 2] and pools["seen"].tolist() == [0, 1, 2, 3]

@@ -250,6 +250,29 @@ def test_each_stage_starts_where_the_one_before_it_ended() -> None:
     assert moved(starts[1], nets.student)
 
 
+def test_projectors_go_on_where_an_earlier_stage_left_them() -> None:
+    nets, batch = reading("teacher", "student")
+    same, other = {"match": [LATENT, "ce"]}, {"match": [{"tinybert": {"embedding_weight": 0.5}}]}
+    method = Programme(program=(same, other, same))
+    method.setup(nets, batch)
+    first, second, third = (nets.losses[f"stage{k}"]["tinybert"] for k in range(3))
+    for stage, _ in enumerate(method.stages(nets, 6)):
+        if stage == 0:
+            assert moved(copied(first), third)
+            for weight in first.parameters():
+                weight.data.add_(1.0)
+    assert not moved(copied(first), third) and moved(copied(first), second)
+
+
+def test_a_teacher_of_any_name_stays_still() -> None:
+    nets, batch = reading("general", "student")
+    method = Programme(program=({"teacher": "general", "match": ["kd"]},))
+    method.setup(nets, batch)
+    nets.train()
+    assert not nets.general.training and nets.student.training
+    assert not any(p.requires_grad for p in nets.general.parameters())
+
+
 def test_inner_losses_of_a_copy_are_0() -> None:
     nets, batch = reading("teacher", "student", teacher_layers=2)
     nets.student.load_state_dict(nets.teacher.state_dict())
@@ -404,6 +427,17 @@ def test_candidates_are_scored_on_what_they_have_not_learned() -> None:
     pools = AMD(held=0.2).pools(labels)
     assert len(pools["held"]) == 2 and (labels[pools["held"]] >= 0).all() and len(pools["all"]) == 11
     assert sorted([*pools["held"].tolist(), *pools["learned"].tolist()]) == list(range(11))
+    labels = torch.arange(200) % 10  # a fifth of what lies in order is of all classes
+    assert len(labels[AMD(held=0.2).pools(labels)["held"]].unique()) == 10
+    assert len(AMD(held=0.2).pools(labels[:3])["held"]) == 1
+
+
+def test_every_stage_of_amd_has_a_part_of_the_time() -> None:
+    nets, batch = patched()
+    method = AMD(match=("ce",))
+    method.setup(nets, batch)
+    until = [0.0, *[stage.until for stage in method.stages(nets, 6)]]
+    assert all(a < b for a, b in pairwise(until))
 
 
 def test_one_candidate_is_the_assistant_of_takd() -> None:

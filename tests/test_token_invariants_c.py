@@ -1,5 +1,6 @@
 """What the papers promise of losses on a vocabulary's logits, each as one number that could be otherwise."""
 
+import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -116,6 +117,20 @@ def test_taid_is_forward_kl_at_the_end_and_says_nothing_at_t_0() -> None:
         assert (slope(value, z).abs().max() < 1e-12) == (t == 0)
 
 
+def test_taid_passes_over_words_that_neither_knows_and_batches_in_which_nothing_counts() -> None:
+    module, short = TAID((B, T, V), (B, T, V)), TAID((B, T, V - 1), (B, T, V - 1))
+    z, p = (x.index_fill(-1, torch.tensor(3), -torch.inf) for x in (Z, P))
+    z.requires_grad_()
+    kept = [k for k in range(V) if k != 3]
+    value = module(z, p)
+    assert torch.allclose(value, short(Z[..., kept], P[..., kept]), atol=1e-12)
+    assert slope(value, z).isfinite().all()
+    module(Z / 2, P)  # the first batch only says where J begins
+    before = copy.deepcopy(module.state_dict())
+    module(Z, P, 0.9, torch.zeros(B, T, dtype=torch.bool))
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
 def test_t_of_taid_rises_with_progress_and_stays_below_its_end() -> None:
     module = TAID((B, T, V), (B, T, V), alpha=0.2, t_end=0.9)
     ramp = TAID((B, T, V), (B, T, V), adaptive=False, t_end=0.9)
@@ -170,6 +185,14 @@ def test_swing_distillation_is_kd_where_nothing_is_private_and_noise_keeps_proba
     z = Z.clone().requires_grad_()  # softmax minus a target that sums to 1
     pull = slope(swing_distillation(z, P, LABELS, private=(4,), noise=5.0), z)
     assert pull.sum(-1).abs().max() < 1e-12
+
+
+def test_noise_of_swing_distillation_stays_on_words_that_there_are() -> None:
+    z, p = (torch.cat([x, torch.full((B, T, 2), -torch.inf)], -1) for x in (Z, P))
+    for noise in (0.5, 50.0):  # of much noise all may be cut at 0, and the even spread comes in
+        torch.manual_seed(0)
+        value = swing_distillation(z, p, LABELS, private=tuple(range(V)), noise=noise)
+        assert value.isfinite().all() and float(value.max()) < 200
 
 
 def test_first_keeps_a_distribution_and_is_0_at_the_kept_probabilities() -> None:

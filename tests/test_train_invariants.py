@@ -277,7 +277,11 @@ def test_cwtm_weighs_by_confidence_and_an_even_teacher_gives_cross_entropy():
     wanted = (first[2] + (first.sum() - first[2]) / CLASSES) / (1 + 5 / CLASSES)
     assert torch.allclose(cwtm(student, sure, labels), wanted)
     mask = torch.arange(6) < 4
-    assert torch.allclose(cwtm(student, taught, labels, mask), cwtm(student[:4], taught[:4], labels[:4]))
+    wanted = cwtm(student[:4], taught[:4], labels[:4])
+    assert torch.allclose(cwtm(student, taught, labels, mask), wanted)
+    student[4:], taught[4:] = torch.nan, torch.inf  # where nothing counts anything may stand
+    (grad,) = torch.autograd.grad(cwtm(student.requires_grad_(), taught, labels, mask), student)
+    assert torch.allclose(cwtm(student, taught, labels, mask), wanted) and not grad[4:].any()
 
 
 def test_dkpp_keeps_the_likeliest_class_and_all_probabilities():

@@ -88,10 +88,10 @@ def choose(select: Any, logits: Tensor, chosen: Tensor, budget: int) -> Tensor:
 class Pool(nn.Module):
     """What is known of a training set of N examples: who was chosen, what the student thinks, and the chosen ones.
 
-    like: inputs [B, ...] of a batch. memory: how many examples can be kept. chosen [N]: whose label was asked for.
-    said [N, C]: the student's logits, inf before it was looked at. used: slots that are taken. asked: how many labels
-    have been given. first [C]: how many of each class were chosen at the start. Everything is a buffer, so that a
-    resumed run goes on with the same choice.
+    like: inputs [B, ...] of a batch. memory: how many examples can be kept. steps: in which all examples come; 0 for
+    N / B. chosen [N]: whose label was asked for. said [N, C]: the student's logits, inf before it was looked at. used:
+    slots that are taken. asked: how many labels have been given. first [C]: how many of each class were chosen at the
+    start. Everything is a buffer, so that a resumed run goes on with the same choice.
     """
 
     chosen: Tensor
@@ -104,7 +104,7 @@ class Pool(nn.Module):
     told: Tensor
     first: Tensor
 
-    def __init__(self, examples: int, classes: int, like: Tensor, memory: int) -> None:
+    def __init__(self, examples: int, classes: int, like: Tensor, memory: int, steps: int = 0) -> None:
         super().__init__()
         memory = min(memory, examples)
         self.register_buffer("chosen", torch.zeros(examples, dtype=torch.bool))
@@ -117,7 +117,7 @@ class Pool(nn.Module):
         self.register_buffer("told", torch.zeros(memory, classes))
         self.register_buffer("first", torch.zeros(classes, dtype=torch.long))
         # a pass over all examples may begin in the middle of an epoch
-        self.look = 2 * max(1, examples // len(like)) - 1
+        self.look = 2 * (steps or max(1, examples // len(like))) - 1
 
     @torch.no_grad()
     def meet(self, batch: Batch, wanted: Tensor) -> tuple[Tensor, Tensor]:

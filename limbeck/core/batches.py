@@ -302,6 +302,11 @@ class Batches:
         return len(self.table) // self.batch_size if self.drop_last else math.ceil(len(self.table) / self.batch_size)
 
     @property
+    def steps_per_pass(self) -> int:
+        """Batches in which all examples come, but those that fill no batch; of groups, the one that takes longest."""
+        return max((len(rows) // count for rows, count in self._groups), default=self.steps_per_epoch)
+
+    @property
     def epoch(self) -> int:
         """The pass that the next batch belongs to."""
         return self.position // self.steps_per_epoch
@@ -368,9 +373,9 @@ class Enriched:
         self.batches = batches
 
     @property
-    def examples(self) -> int:
-        """Examples in all."""
-        return len(self.batches.table)
+    def table(self) -> Table:
+        """Where the examples are from."""
+        return self.batches.table
 
     @property
     def steps_per_epoch(self) -> int:
@@ -432,7 +437,7 @@ class Stream:
             )
         self.source, self.batch_size, self.seed, self.name = source, batch_size, seed, name
         self.collate = collate or torch.utils.data.default_collate
-        self.position, self.epoch, self._served = 0, 0, 0
+        self.position, self._pass, self._served = 0, 0, 0
         self._running: Iterator[Any] | None = None
 
     @property
@@ -444,14 +449,19 @@ class Stream:
             return None
         return size // self.batch_size if self.batch_size else size
 
+    @property
+    def epoch(self) -> int:
+        """The pass that the next batch belongs to; that of the last one where the source cannot tell its length."""
+        return self._pass + (self._served >= (self.steps_per_epoch or math.inf))
+
     def _begin(self) -> Iterator[Any]:
         source: Any = self.source
         parts: list[Any] = [source, getattr(source, "sampler", None), getattr(source, "dataset", None)]
         for part in parts:
             if hasattr(part, "set_epoch"):
-                part.set_epoch(self.epoch)
+                part.set_epoch(self._pass)
             if hasattr(part, "generator"):
-                part.generator = generator(self.seed, "stream", self.epoch)
+                part.generator = generator(self.seed, "stream", self._pass)
         items = iter(self.source() if callable(self.source) else self.source)
         if self.batch_size is None:
             return items
@@ -475,7 +485,7 @@ class Stream:
                 return item
             if not self._served:
                 break
-            self._running, self._served, self.epoch = None, 0, self.epoch + 1
+            self._running, self._served, self._pass = None, 0, self._pass + 1
         more = f" of {self.batch_size}" if self.batch_size else ""
         raise BadInput(f"{self.name} is empty: it gave no batch{more}")
 
@@ -502,7 +512,7 @@ class Stream:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position, self.epoch, self._served, self._running = 0, 0, 0, None
+        self.position, self._pass, self._served, self._running = 0, 0, 0, None
         with torch.random.fork_rng():  # the source may draw from the global state while it is skipped
             while self.position < int(state["position"]):
                 self._advance()

@@ -106,7 +106,7 @@ def recorded(trunk: Sequence[nn.Module], first: nn.Module) -> Iterator[Tape]:
     def keep(layer: nn.Module, _inputs: Any, output: Any) -> None:
         if tape.parted:
             raise BadInput(f"a shared {type(layer).__name__} is used after branches part; let them begin after it")
-        tape.said.append((layer, output))
+        tape.said.append((layer, _own(output)))
 
     def part(_layer: nn.Module, inputs: Any) -> None:
         if not tape.parted:
@@ -144,4 +144,9 @@ def replayed(tape: Tape, mine: Sequence[nn.Module], others: Sequence[nn.Module])
 
 def _next(said: list[Any]) -> Callable[..., Any]:
     left = iter(said)
-    return lambda *_args, **_options: next(left)
+    return lambda *_args, **_options: _own(next(left))
+
+
+def _own(said: Any) -> Any:
+    """A copy, so that a network which adds to it or rectifies it in place does not write on the tape."""
+    return said.clone() if isinstance(said, Tensor) else said

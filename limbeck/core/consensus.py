@@ -103,11 +103,12 @@ class Errors(nn.Module):
             self.sums.zero_()
             self.count.zero_()
             self.epoch.fill_(epoch)
-        rows, y = everyone(logits[:, counts].transpose(0, 1).contiguous()), everyone(labels[counts])
+        # each process sums its own first: it may hold more or fewer such places than another
+        rows, y = logits[:, counts].transpose(0, 1), labels[counts]
         p = rows.double().softmax(-1)
         p[torch.arange(len(y), device=y.device), :, y] -= 1
-        self.sums += torch.einsum("bic,bjc->ij", p, p)
-        self.count += len(y)
+        self.sums += everyone(torch.einsum("bic,bjc->ij", p, p)[None]).sum(0)
+        self.count += everyone(counts.sum()[None]).sum()
 
 
 TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

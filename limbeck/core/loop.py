@@ -89,9 +89,10 @@ class Plan:
     steps: optimiser steps (a method may share them out over stages). optimizer: default for every player.
     optimizers: by player (or its root name), before the method's own defaults. schedule: of the learning rate.
     accumulate: micro-batches a step. clip: largest gradient norm of a player. precision: "fp32", "bf16" or "fp16"
-    autocast. ema: decay of an average of each trained network, used for validation and as the result. max_minutes:
-    stop then, and count progress by time. validate_every, save_every, log_every: in steps; 0 is never (the log: first
-    and last step). select: name of the validation metric by which the best weights are kept, '' for the last.
+    autocast. ema: decay of an average of each trained network, used for validation and as the result; its companions,
+    which may remember more than weights, stay as they are. max_minutes: stop then, and count progress by time.
+    validate_every, save_every, log_every: in steps; 0 is never (the log: first and last step). select: name of the
+    validation metric by which the best weights are kept, '' for the last.
     """
 
     steps: int
@@ -262,8 +263,8 @@ class _Run:
         """The stage's result: the best weights by validation, else the average, else the last."""
         if self.best is not None:
             _, self.fitted.best, weights = self.best
-            for player, state in weights.items():
-                shard.load(self.nets.find(player), state)
+            for name, state in weights.items():
+                shard.load(self.nets.find(name), state)
         else:
             for player, ema in self.emas.items():
                 self.nets.find(player).load_state_dict(ema.shadow)
@@ -387,13 +388,21 @@ class _Run:
             score = metrics.get(select, math.nan) * (1 if self.plan.maximise else -1)
             if not math.isnan(score) and (self.best is None or score > self.best[0]):
                 weights = {
-                    player: {k: v.detach().cpu().clone() for k, v in shard.full(self.nets.find(player)).items()}
-                    for player in self.optimizers
+                    name: {k: v.detach().cpu().clone() for k, v in shard.full(self.nets.find(name)).items()}
+                    for name in self._kept()
                 }
                 self.best = (score, metrics, weights)
         self.nets.train()
         self.fitted.validations.append((stage, t, metrics))
         self._write({"t": t, "stage": stage, "validation": metrics})
+
+    def _kept(self) -> list[str]:
+        """Whose weights are kept with the best: who has been trained, what trains with them, and the result."""
+        names = [name for player in self.optimizers for name in (player, *self.nets.companions.get(player, ()))]
+        result = getattr(self.method, "learner", "student")
+        if result.split(".")[0] in self.nets:  # an average, say, which moves without a turn
+            names.append(result)
+        return list(dict.fromkeys(names))
 
     def _log_turn(self, player: str, parts: dict[str, Tensor], clock: Clock, optimizer: torch.optim.Optimizer) -> None:
         every = self.plan.log_every
@@ -486,7 +495,8 @@ class _Run:
             first.load_state_dict({"position": 0})
         elif batches is first:
             pools[name] = chain([probe], batches)
-        return self._to_device(probe) | {"examples": len(getattr(first, "table", ()))}, pools
+        told = {"examples": len(getattr(first, "table", ())), "steps_per_pass": getattr(first, "steps_per_pass", 0)}
+        return self._to_device(probe) | told, pools
 
     def _pool(self, stage: Stage) -> Iterable[Batch]:
         if stage.pool not in self.pools:

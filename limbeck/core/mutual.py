@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from limbeck.core.nets import Batch
+from limbeck.core.pair import comparable
 
 
 def constant(value: Any) -> Any:
@@ -21,4 +22,4 @@ def facing(batch: Batch, mine: Mapping[str, Any], its: Mapping[str, Any]) -> dic
     """What losses may ask for, by name: `mine` as the student's outputs, `its` as the teacher's, a constant."""
     have = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
     have |= {f"student_{name}": value for name, value in mine.items()}
-    return have | {f"teacher_{name}": constant(value) for name, value in its.items()}
+    return comparable(have | {f"teacher_{name}": constant(value) for name, value in its.items()})

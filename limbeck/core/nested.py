@@ -17,10 +17,13 @@ from limbeck.core.taps import unwrap
 def common(one: nn.Module, other: nn.Module, below: Sequence[str] = ()) -> list[str]:
     """Paths of the layers that two networks could share: of one kind, with tensors of the same names and shapes.
 
-    below: only layers at these paths or inside them; () for all.
+    Parameters that a network holds itself, such as the places of a transformer, are found by their names. below: only
+    layers at these paths or inside them; () for all.
     """
     mine, its = weighted(one), weighted(other)
     fit = [path for path, layer in mine.items() if path in its and _form(layer) == _form(its[path])]
+    loose, theirs = _loose(one), _loose(other)
+    fit += [name for name, tensor in loose.items() if name in theirs and tensor.shape == theirs[name].shape]
     for start in below:
         if not any(_inside(path, start) for path in fit):
             raise BadInput(
@@ -40,6 +43,11 @@ def _inside(path: str, start: str) -> bool:
     return path == start or path.startswith(f"{start}.")
 
 
+def _loose(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that lie in no layer."""
+    return dict(unwrap(network).named_parameters(recurse=False))
+
+
 def _form(layer: nn.Module) -> tuple[Any, ...]:
     own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
     return type(layer), [(name, tuple(tensor.shape)) for name, tensor in own]
@@ -55,14 +63,16 @@ class Around(nn.Module):
 
     def __init__(self, network: nn.Module, other: nn.Module, paths: Sequence[str]) -> None:
         super().__init__()
-        theirs = weighted(other)
+        theirs, loose = weighted(other), _loose(other)
         for path in paths:
-            put(network, path, theirs[path])
-        lent = {id(p) for path in paths for p in theirs[path].parameters()}
+            if path in loose:
+                setattr(unwrap(network), path, loose[path])
+            else:
+                put(network, path, theirs[path])
         rest = [layer for path, layer in weighted(network).items() if path not in paths]
         alone = [layer for layer in rest if not any(True for _ in layer.children())]
         self.layers = nn.ModuleList(alone)
-        held = {id(p) for p in self.layers.parameters()} | lent
+        held = {id(p) for p in (*self.layers.parameters(), *other.parameters())}
         self.loose = nn.ParameterList(p for p in network.parameters() if id(p) not in held)
         self.__dict__["network"] = network  # not as a child: its parameters would be this module's, the lent ones too
 

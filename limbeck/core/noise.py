@@ -44,6 +44,7 @@ class WordNoise:
             raise BadInput("prompts cannot be changed where several texts share a row; leave `pack` out of the data")
         words, begun = batch["inputs"], starts(batch, prompt)[:, None]
         place = torch.arange(words.shape[1], device=words.device)
+        ends = torch.isin(words, words.new_tensor(self.ends)).long()  # of the words as they were written
         if self.replace:
             if embedding is None:
                 raise BadInput("exchanging words for their neighbours needs a network that returns its `embedding`")
@@ -52,10 +53,10 @@ class WordNoise:
         moved = torch.zeros_like(begun)
         if self.drop:
             lost = self._free(words, place, begun) & (torch.rand(words.shape, device=words.device) < self.drop)
-            words, moved = closed_up(words, lost), lost.sum(1, keepdim=True)
+            words, ends, moved = closed_up(words, lost), closed_up(ends, lost), lost.sum(1, keepdim=True)
         if self.shuffle and self.ends:
             free = self._free(words, place, begun - moved)
-            last = torch.isin(words, words.new_tensor(self.ends)) & free
+            last = ends.bool() & free
             jitter = (self.shuffle + 1) * torch.rand(words.shape, device=words.device)
             words = in_order(words, free, last.cumsum(1) - last.long(), jitter)
         new = {**batch, "inputs": words}

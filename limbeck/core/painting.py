@@ -72,16 +72,19 @@ def repaint(
 
 
 class Painted(nn.Module):
-    """One painted picture for each of N examples, and whether the teacher is sure enough of it."""
+    """One painted picture for each of N examples, and whether the teacher is sure enough of it.
+
+    like: pictures [B, ...] of a batch. steps: in which all examples come; 0 for N / B.
+    """
 
     images: Tensor
     done: Tensor
     kept: Tensor
 
-    def __init__(self, examples: int, like: Tensor) -> None:
+    def __init__(self, examples: int, like: Tensor, steps: int = 0) -> None:
         super().__init__()
         self.register_buffer("images", like.new_zeros(examples, *like.shape[1:]))
         self.register_buffer("done", torch.zeros(examples, dtype=torch.bool))
         self.register_buffer("kept", torch.zeros(examples, dtype=torch.bool))
         # a pass over all examples may begin in the middle of an epoch
-        self.look = 2 * max(1, examples // len(like)) - 1
+        self.look = 2 * (steps or max(1, examples // len(like))) - 1

@@ -68,14 +68,7 @@ class Pair:
                 have |= {f"teacher_{k}": v for k, v in nets.run(self.teacher, batch, logits=logits).items()}
         said = nets.run(self.learner, batch, logits=logits) if said is None else said
         have |= {f"student_{k}": v for k, v in said.items()}
-        if words := padded(have):
-            have = cut(have, words)
-        two = "teacher_inputs" in have
-        for side, words in (("student", "words"), ("teacher", "teacher_words")):
-            if f"{side}_logits" in have:  # losses for two vocabularies ask by another name, as they may differ
-                logits = have[f"{side}_logits"]
-                have[f"{side}_vocab_logits"] = of_words(logits, have.get(words)) if two else logits
-        return have
+        return comparable(have)
 
     def build(self, nets: Nets, probe: Batch) -> nn.ModuleDict:
         """Check on one batch that every loss finds what it asks for; the losses that own weights, freshly made."""
@@ -111,7 +104,8 @@ class Pair:
             return
         have: dict[str, Any] = {"words": probe["words"]}
         for side, player in (("student", self.learner), ("teacher", self.teacher)):
-            have[f"{side}_logits"] = nets.run(player, route.few(probe)).get("logits") if player in nets else None
+            there = player.split(".")[0] in nets
+            have[f"{side}_logits"] = nets.run(player, route.few(probe)).get("logits") if there else None
         if words := padded(have):
             student, teacher = have["student_logits"], have["teacher_logits"]
             _, _, mine, its = real_words(student, teacher, words)
@@ -146,6 +140,19 @@ def parse_all(specs: Iterable[Any]) -> tuple[Match, ...]:
     return tuple(out)
 
 
+def comparable(have: dict[str, Any]) -> dict[str, Any]:
+    """What both say, of real words alone where heads differ, and by the name that losses for two vocabularies ask."""
+    if words := padded(have):
+        have = cut(have, words)
+    two = "teacher_inputs" in have
+    told = dict(have)
+    for side, count in (("student", "words"), ("teacher", "teacher_words")):
+        if f"{side}_logits" in have:
+            logits = have[f"{side}_logits"]
+            told[f"{side}_vocab_logits"] = of_words(logits, have.get(count)) if two else logits
+    return told
+
+
 def cut(have: dict[str, Any], words: int) -> dict[str, Any]:
     """With the logits of real words alone, where student and teacher of one tokenizer have heads of other heights."""
     return have | {name: have[name][..., :words] for name in ("student_logits", "teacher_logits")}
@@ -164,9 +171,22 @@ def padded(have: Mapping[str, Any]) -> int:
 def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:
     """Refuse a loss that compares class by class where student and teacher know different numbers of classes."""
     asked = {n: shapes[n][-1] for n in match.needs if n.endswith("_logits") and n in shapes}
-    if len(set(asked.values())) > 1 and "vocab" not in "".join(asked):
-        counts = " and ".join(f"the {n.split('_')[0]} has {c} classes" for n, c in asked.items())
-        raise BadInput(f"`{match.name}` compares classes one by one, but {counts}")
+    if "vocab" not in "".join(asked):
+        _agree(match.name, {n.split("_")[0]: c for n, c in asked.items()})
+
+
+def classes(nets: Nets, probe: Batch, who: str) -> int:
+    """How many classes student and teacher know; the method `who` compares them one by one."""
+    with torch.no_grad(), evaluating(nets.student):
+        known = {player: int(nets.run(player, probe)["logits"].shape[-1]) for player in ("student", "teacher")}
+    _agree(who, known)
+    return known["student"]
+
+
+def _agree(who: str, known: Mapping[str, int]) -> None:
+    if len(set(known.values())) > 1:
+        counts = " and ".join(f"the {player} has {c} classes" for player, c in known.items())
+        raise BadInput(f"`{who}` compares classes one by one, but {counts}")
 
 
 def shape(value: Any) -> Any:

@@ -35,10 +35,11 @@ def before_task(
 ) -> Iterator[Stage]:
     """A share of the steps without labels, in which each player's helper trains along, then the task on those with one.
 
-    A share of 0 leaves out the first. averages: player -> of which network it takes the weights over for the task.
+    A share of 0 leaves out the first. In a run of one step it is empty, so that the task is still the second. averages:
+    player -> of which network it takes the weights over for the task.
     """
     before = min(steps - 1, max(1, round(share * steps))) if share else 0
-    if before:
+    if share:
         nets.companions |= {player: [helper] for player, helper in helpers.items()}
         yield Stage(before, "unlabelled", SEEN, until=share, validated=False)
         for player in helpers:

@@ -83,12 +83,13 @@ class Probe(nn.Module):
     @torch.no_grad()
     def add(self, features: Sequence[Tensor], labels: Tensor, known: Tensor) -> None:
         """Take in features [B, D] a source, of those examples [B] that have a label, as long as there is room."""
-        labels = everyone(labels[known])[: len(self.labels) - int(self.count)]
+        known = everyone(known)  # of all rows: each process brings as many, but not as many with a label
+        labels = everyone(labels)[known][: len(self.labels) - int(self.count)]
         at = slice(int(self.count), int(self.count) + len(labels))
         self.labels[at] = labels
         for i, rows in enumerate(features):
             mine: Tensor = getattr(self, f"features{i}")
-            mine[at] = everyone(rows[known].detach().to(mine.dtype))[: len(labels)]
+            mine[at] = everyone(rows.detach().to(mine.dtype))[known][: len(labels)]
         self.count += len(labels)
 
     @torch.no_grad()

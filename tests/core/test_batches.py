@@ -100,6 +100,13 @@ def test_balanced_batches_come_in_class_order_and_walk_through_each_class() -> N
     assert len(set(torch.cat([b["index"][:2] for b in batches]).tolist())) == 8
 
 
+def test_a_pass_is_as_long_as_that_of_its_slowest_group() -> None:
+    labels = torch.where(torch.arange(50) < 14, torch.arange(50) % 5, -100)
+    data = Table({"inputs": torch.randn(50, 2), "labels": labels})
+    assert Batches(data, 8).steps_per_pass == 6 and Batches(data, 8, drop_last=False).steps_per_pass == 7
+    assert [Batches(data, 8, labelled=n).steps_per_pass for n in (1, 6)] == [14, 18]
+
+
 def test_augmentation_differs_from_batch_to_batch_and_is_replayable() -> None:
     data = table()
     batches = Batches(data, 25, augment=[{"crop": {"pad": 2}}, "flip"])
@@ -224,5 +231,12 @@ def test_a_stream_goes_on_epoch_after_epoch() -> None:
     first, second = (torch.cat([b["labels"] for b in take(stream, 5)]) for _ in range(2))
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(20))
     assert not torch.equal(first, second)
+    other = Stream([torch.ones(2)] * 11, 2)  # the last one is left out
+    for made, steps in ((shuffled(), 5), (other, 5), (Batches(table(), 10), 5)):
+        assert [(made.epoch, len(take(made, 1)))[0] for _ in range(11)] == [i // steps for i in range(11)]
+        assert made.epoch == 2
+    resumed = shuffled()
+    resumed.load_state_dict({"position": 5})
+    assert resumed.epoch == 1  # that of the next batch
     assert Stream(Shards(), 3).steps_per_epoch is None
     assert next(Stream(Shards(), 3))["inputs"].shape == (3, 2)

@@ -1,5 +1,6 @@
 """The loop: means over whole steps, schedules, averages, selection, time, precision, signals, disks, trackers."""
 
+import copy
 import errno
 import json
 import os
@@ -29,6 +30,7 @@ from limbeck.core.errors import BadCheckpoint, BadInput, Interrupted, LimbeckErr
 from limbeck.core.loop import Clock, Fitted, Plan, Turn, fit
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, mean
+from limbeck.core.state import ema_update
 from limbeck.train.plain.distill import Distill
 from limbeck.verbs import setting
 
@@ -301,6 +303,41 @@ def test_the_best_of_averages_is_an_average_with_its_statistics():
     assert fitted.best == {"score": 0.9} and len(fitted.validations) == 5
     for key, value in nets.student.state_dict().items():
         assert torch.equal(value, kept[1][key]), key  # the first of equals; nan is no score
+
+
+class Averaging:
+    """Trains the student with a companion; the result is an average that no turn is taken for."""
+
+    learner = "average"
+
+    def setup(self, nets: Nets, probe: Batch) -> None:
+        nets.average, nets.reader = copy.deepcopy(nets.student).requires_grad_(False), nn.Linear(1, 1).double()
+        nets.companions["student"] = ["reader"]
+
+    def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
+        yield "student", (nets.reader(nets.student(batch["inputs"])) - 1).square().mean()
+
+    def after(self, nets: Nets, player: str, clock: Clock) -> None:
+        ema_update(nets.average, nets.student, 0.5)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_best_are_kept_with_their_companions_and_the_result(stopped: bool, tmp_path: Path):
+    kept: list[dict[str, Tensor]] = []
+
+    def validate(nets: Nets) -> dict[str, float]:
+        kept.append({name: state(nets, name) for name in nets})
+        return {"score": -float(len(kept))}  # the first look is the best
+
+    plan, nets = Plan(5, optimizer=SGD, validate_every=1, select="score", log_every=1), student()
+    if stopped:
+        with pytest.raises(Interrupted):
+            fit(Averaging(), nets, sequences(), plan, validate=validate, folder=tmp_path, on_event=raising(2))
+        nets = student()
+    fitted = fit(Averaging(), nets, sequences(), plan, validate=validate, folder=tmp_path, resume=stopped)
+    assert fitted.best == {"score": -1.0} and len(kept) == 5
+    for name in ("student", "reader", "average"):
+        assert torch.equal(state(nets, name), kept[0][name]) and not torch.equal(kept[0][name], kept[-1][name]), name
 
 
 def test_selection_by_something_that_is_not_measured_is_refused():

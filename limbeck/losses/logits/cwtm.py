@@ -1,5 +1,6 @@
 """Labels alone, but each example counts by how sure the teacher is of it: distillation without its dark knowledge."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def cwtm(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: T
     *Relates to*: an ablation of `ban`: what it gains over `ce` is the weighing of examples, what `kd` gains over it
         is what the teacher says of the wrong classes. A teacher that is equally sure of everything gives `ce`.
     """
-    weight = upcast(teacher_logits.detach()).softmax(-1).amax(-1)
-    if mask is not None:
-        weight = weight * mask
-    logits = upcast(student_logits).flatten(0, -2)
-    loss = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+    weight, logits = upcast(teacher_logits.detach()).softmax(-1).amax(-1), upcast(student_logits)
+    if mask is not None:  # what is said where nothing counts may be no number
+        counts = mask.bool()
+        weight, logits = torch.where(counts, weight, 0.0), torch.where(counts.unsqueeze(-1), logits, 0.0)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
     return (weight * loss).sum() / weight.sum().clamp_min(1e-12)

@@ -61,8 +61,9 @@ def swing_distillation(
     log_p = log_probs(teacher, softness.unsqueeze(-1))
     if noise:
         draw = torch.empty_like(log_p).exponential_() - torch.empty_like(log_p).exponential_()  # Laplace of scale 1
-        blurred = (log_p.exp() + noise * draw).clamp_min(0)
+        real = (log_p > FLOOR).to(log_p)  # words at -inf only fill up a head
+        blurred = (log_p.exp() + noise * draw).clamp_min(0) * real
         total = blurred.sum(-1, keepdim=True)
-        blurred = torch.where(total > 0, blurred / total, 1 / log_p.shape[-1])
+        blurred = torch.where(total > 0, blurred / total, real / real.sum(-1, keepdim=True))
         log_p = torch.where((chance > threshold).unsqueeze(-1), blurred.log().clamp_min(FLOOR), log_p)
     return softness**2 * kl_logprobs(log_p, log_probs(student, softness.unsqueeze(-1)))

@@ -25,7 +25,7 @@ class TAID(nn.Module):
     [.] carries no gradient. With J the mean cross-entropy of a batch and d = (J_before - J) / J_before, the momentum is
     m <- b m + (1 - b) d and t <- min(t_end, max(t_start + (t_end - t_start) progress, t + a sigmoid(m) (1 - t))): never
     slower than a linear ramp, faster while the loss falls. The first batch only sets J. t moves in training mode only,
-    after every call.
+    after every call where anything counts.
 
     t_start: in [0, 1); 0.4 of the paper, 0.2 for pre-training.
     t_end: in (0, 1], above t_start.
@@ -74,19 +74,20 @@ class TAID(nn.Module):
         """Per place."""
         student, teacher = pair(student_logits, teacher_logits.detach())
         log_q = log_probs(student)
-        log_p = log_probs(torch.lerp(student.detach(), teacher, self.t.to(student)))
+        log_p = log_probs(torch.lerp(log_q.detach(), log_probs(teacher), self.t.to(log_q)))  # a word may be at -inf
         if self.training:
             cross_entropy = -(log_p.exp() * log_q.detach()).sum(-1)
-            self._advance(mean(cross_entropy, mask).value, 0.0 if progress is None else progress)
+            some = torch.ones_like(self.t, dtype=torch.bool) if mask is None else mask.any()
+            self._advance(mean(cross_entropy, mask).value, 0.0 if progress is None else progress, some)
         return kl_logprobs(log_p, log_q)
 
     @torch.no_grad()
-    def _advance(self, loss: Tensor, progress: float) -> None:
+    def _advance(self, loss: Tensor, progress: float, some: Tensor) -> None:
         loss = loss.to(self.before)
         momentum = self.beta * self.momentum + (1 - self.beta) * (self.before - loss) / (self.before + 1e-15)
         stride = self.alpha * momentum.sigmoid() * (1 - self.t) if self.adaptive else 0.0
         t = (self.t + stride).clamp_min(self.t_start + (self.t_end - self.t_start) * progress).clamp_max(self.t_end)
-        known = self.before.isfinite()
+        known = some & self.before.isfinite()
         self.t.copy_(torch.where(known, t, self.t))
         self.momentum.copy_(torch.where(known, momentum, self.momentum))
-        self.before.copy_(loss)
+        self.before.copy_(torch.where(some, loss, self.before))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from limbeck.core.card import method, require
@@ -14,6 +15,7 @@ from limbeck.core.maths import label_logprobs
 from limbeck.core.mixing import pictures
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.painting import Painted, repaint, sketcher
+from limbeck.core.pair import classes
 from limbeck.core.reduce import mean
 from limbeck.core.sampler import Denoiser, denoising
 from limbeck.losses.logits.ce import ce
@@ -33,7 +35,7 @@ class ConfigDiffusionAugment:
 
     x^ = x noised up to `strength`, and denoised as its class in `steps` steps, in each of which the expected picture
     moves by guidance grad [log p_t(y | x_0) - log p_s(y | x_0)]. The student learns for half of the steps, then all
-    pictures are painted, once, against the student as it is, and it goes on with both.
+    pictures of a pass are painted, once, against the student as it is, and it goes on with both.
 
     hard, soft: weights, >= 0. temperature: T > 0.
     guidance: >= 0; 0 is plain diffusion augmentation.
@@ -43,7 +45,7 @@ class ConfigDiffusionAugment:
     prepare: steps that train the painter first, >= 0; 0 takes `painter` of the recipe's `nets` as it is.
 
     *Needs*: nets.teacher at hand, better than the data; labels of all; pictures; memory for as many again.
-        nets.painter, a class-conditional Denoiser, if there is one.
+        One process. nets.painter, a class-conditional Denoiser, if there is one.
     *Relates to*: where the data hold a cue that the teacher does not use and the student would; elsewhere `kd`.
     *Differs*: see the card.
     """
@@ -73,16 +75,20 @@ class ConfigDiffusionAugment:
         """Make what is missing."""
         if "teacher" not in nets or "labels" not in probe:
             raise BadInput("`config_diffusion_augment` needs a teacher at hand, not a store, and labels")
+        if (probe["labels"] < 0).any():
+            raise BadInput("`config_diffusion_augment` paints pictures as their class and needs the labels of all")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise BadInput("`config_diffusion_augment` paints all pictures in one process; start it without a launcher")
         images = pictures(probe, "config_diffusion_augment")
-        with torch.no_grad(), evaluating(nets.student):
-            classes = nets.run("student", probe)["logits"].shape[-1]
+        known = classes(nets, probe, "config_diffusion_augment")
         if "painter" not in nets:
             if not self.prepare:
                 raise BadInput("`prepare` is 0, and there is no painter: name one in the recipe's `nets`")
-            nets.painter = sketcher(images.shape[1], classes)
+            nets.painter = sketcher(images.shape[1], known)
         if not isinstance(nets.painter, Denoiser):
             raise BadInput(f"the painter must be a Denoiser, and it is a {type(nets.painter).__name__}")
-        nets.painted = Painted(int(probe.get("examples") or probe["index"].max() + 1), images)
+        examples = int(probe.get("examples") or probe["index"].max() + 1)
+        nets.painted = Painted(examples, images, probe.get("steps_per_pass", 0))
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """The painter, half of the student's training, the painting, the other half."""
@@ -129,7 +135,8 @@ class ConfigDiffusionAugment:
         told, said = nets.run("teacher", batch)["logits"], nets.run("student", batch)["logits"]
         parts = {"ce": self.hard * mean(ce(said, labels), mask)}
         parts["kd"] = self.soft * mean(kd(said, told, temperature=self.temperature), mask)
-        if phase == 2 and (kept := nets.painted.kept[batch["index"]]).any():
+        if phase == 2:
+            kept = nets.painted.kept[batch["index"]]
             seen = {"inputs": nets.painted.images[batch["index"]].to(batch["inputs"])}
             told, said = nets.run("teacher", seen)["logits"], nets.run("student", seen)["logits"]
             counts = kept & mask.bool() if mask is not None else kept

@@ -13,6 +13,7 @@ from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import kl, log_probs
 from limbeck.core.mixing import cutmix, pictures
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.pair import classes
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -57,11 +58,12 @@ class CutMixPick:
         require(self.score in ("student", "teacher", "kl"), "score", self.score, "student, teacher or kl")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Check that there is a teacher to ask, and that inputs can be cut."""
+        """Check that there is a teacher to ask, of the same classes, and that inputs can be cut."""
         if "teacher" not in nets:
             raise BadInput("`cutmix_pick` asks the teacher about pictures made in each step: give it, not a store")
         if len(pictures(probe, "cutmix_pick")) < 2:
             raise BadInput("`cutmix_pick` cuts pictures into one another, and the batch holds only one")
+        classes(nets, probe, "cutmix_pick")
 
     def scores(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """How much there is to learn from each: [..., C] x 2 -> [...]."""

@@ -28,8 +28,8 @@ from limbeck.core.store import recover
 class DatasetReinforcement:
     """KL(p || softmax(z)), p what is stored of this view, the mass that is missing spread evenly over other classes.
 
-    reinforced: share of the examples that learn from the store, in [0, 1]; the others from their label, drawn anew in
-        each step.
+    reinforced: share of the examples that learn from the store, in [0, 1]; the others, drawn anew in each step,
+        from their label if they have one.
 
     *Needs*: nets.student, and batches from a store with many views an example (`store: {views: 20, topk: 10, augment:
         [resized_crop, flip, randaugment, erase]}`) of a strong teacher, best an `Ensemble`; labels when reinforced < 1.
@@ -61,8 +61,9 @@ class DatasetReinforcement:
         said = recover(batch["teacher_ids"], batch["teacher_logprobs"], classes)
         if self.reinforced == 1:
             return said
-        stays = torch.rand(len(said)).to(said.device) < self.reinforced
-        return torch.where(stays.unsqueeze(-1), said, F.one_hot(batch["labels"], classes).to(said))
+        labels = batch["labels"]
+        stays = (torch.rand(len(said)).to(said.device) < self.reinforced) | (labels < 0)
+        return torch.where(stays.unsqueeze(-1), said, F.one_hot(labels.clamp_min(0), classes).to(said))
 
     def loss(self, student_logits: Tensor, target: Tensor) -> Tensor:
         """KL for each example: [B, C] x 2 -> [B]."""

@@ -42,7 +42,7 @@ class FerKD:
     q = y, the label smoothed by `smoothing` (or dropped). Then each crop gets a box of the next crop of the same
     picture (SelfMix) where their q differ little; q is mixed by the pixels.
 
-    hard, easy: thresholds, 0 <= hard <= easy <= 1; both 0 is `fkd`.
+    hard, easy: thresholds, 0 <= hard <= easy <= 1; both 0, without selfmix, is `fkd`.
     reliability: "top", the largest probability, or "label", that of the true class.
     least: what becomes of the least reliable: "label" or "drop".
     adapt: w at the threshold `hard`, in [0, 1].
@@ -50,7 +50,8 @@ class FerKD:
     selfmix: probability that a batch is mixed, in [0, 1]; needs `crops` of the store to be 2 or more.
     similar: largest half of the summed differences of two labels that are mixed, in [0, 1].
 
-    *Needs*: batches from a store (`limbeck label`) with several crops; labels; pictures for selfmix.
+    *Needs*: batches from a store (`limbeck label`) with several crops; labels, without which an example does not
+        count; pictures for selfmix.
     *Relates to*: use it over `fkd` when crops are small enough to miss the object.
     *Differs*: see the card.
     """
@@ -85,14 +86,14 @@ class FerKD:
     def repaired(self, said: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Targets [B, C], summing to 1, and which count [B], of stored labels p [B, C]."""
         classes = said.shape[-1]
+        known, labels = labels >= 0, labels.clamp_min(0)
         truth = F.one_hot(labels, classes).to(said)
         r = said.gather(-1, labels.unsqueeze(-1)) if self.reliability == "label" else said.amax(-1, keepdim=True)
         rise = (self.easy - r) / max(self.easy - self.hard, 1e-12)
         weight = torch.where(r < self.easy, self.adapt * rise, 0.0)
         smooth = (1 - self.smoothing) * truth + self.smoothing / classes
         target = torch.where(r < self.hard, smooth, (1 - weight) * said + weight * truth)
-        counts = r.squeeze(-1) >= self.hard if self.least == "drop" else torch.ones_like(labels, dtype=torch.bool)
-        return target, counts
+        return target, known & (r.squeeze(-1) >= self.hard) if self.least == "drop" else known
 
     def mix(self, batch: Batch, target: Tensor) -> Mix:
         """The next crop of the same picture cut into each, where their targets are alike."""

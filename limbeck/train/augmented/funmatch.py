@@ -11,6 +11,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.mixing import Mix, drawn, neighbours, pictures
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.pair import classes
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.kd import kd
 
@@ -46,10 +47,11 @@ class FunMatch:
         require(self.alpha >= 0, "alpha", self.alpha, ">= 0")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Check that there is a teacher to ask, and that inputs can be blended."""
+        """Check that there is a teacher to ask, of the same classes, and that inputs can be blended."""
         if "teacher" not in nets:
             raise BadInput("`funmatch` asks the teacher about pictures made in each step: give it, not a store")
         pictures(probe, "funmatch")
+        classes(nets, probe, "funmatch")
 
     def mix(self, count: int) -> Mix:
         """Who is blended with whom in a batch of `count`, and how much."""

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.bank import everyone
 from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.maths import kl
 from limbeck.core.mixing import pictures
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.pair import classes
 from limbeck.core.reduce import mean
 from limbeck.core.warping import Affine, Autoencoder, Edit
 
@@ -73,11 +75,10 @@ class HardKD:
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "> 0")
-        require(self.valid >= 0, "valid", self.valid, ">= 0")
         require(0 <= self.low <= self.high, "low", self.low, f"in [0, high], high {self.high}")
         require(self.patience >= 1, "patience", self.patience, ">= 1")
         require(self.edits in ("affine", "latent"), "edits", self.edits, "affine or latent")
-        for name in ("shift", "turn", "zoom"):
+        for name in ("valid", "shift", "turn", "zoom"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(self.latent >= 1, "latent", self.latent, ">= 1")
 
@@ -91,12 +92,13 @@ class HardKD:
         if "teacher" not in nets:
             raise BadInput("`hard_kd` asks the teacher about pictures made in each step: give the teacher, not a store")
         channels, height, width = pictures(probe, "hard_kd").shape[1:]
+        if self.edits == "latent" and (height % 2 or width % 2):
+            raise BadInput(f"edits: latent needs pictures with even sides, and these are {height} x {width}")
+        classes(nets, probe, "hard_kd")
         nets.phase = Phase()
         if self.edits == "affine":
             nets.augmentor = Affine(channels, self.shift, self.turn, self.zoom)
             return
-        if height % 2 or width % 2:
-            raise BadInput(f"edits: latent needs pictures with even sides, and these are {height} x {width}")
         nets.painter = Autoencoder((channels, height, width), self.latent)
         nets.augmentor = Edit(self.latent)
 
@@ -118,19 +120,18 @@ class HardKD:
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of whoever's phase it is."""
-        mask = batch.get("mask")
+        mask, searching = batch.get("mask"), bool(nets.phase.searching)
         if "painter" in nets and not nets.is_frozen("painter"):
             error, code = nets.painter(batch["inputs"])
             yield "painter", {"error": mean(error, mask), "code": mean(code, mask)}
             return
-        searching = bool(nets.phase.searching)
         with nullcontext() if searching else torch.no_grad():
             changed = {"inputs": self.change(nets, batch["inputs"])}
         told, again = nets.run("teacher", batch)["logits"], nets.run("teacher", changed, through=searching)["logits"]
         with evaluating(nets.student) if searching else nullcontext():
             answer = nets.run("student", changed)["logits"]
         hard = mean(self.apart(again, answer), mask)
-        nets.phase.gap.fill_(hard.value.detach())
+        nets.phase.gap.fill_(everyone(hard.value.detach().float()[None]).mean())  # all processes change at once
         if searching:
             yield "augmentor", {"gap": -1 * hard, "valid": self.valid * mean(self.apart(told, again), mask)}
         else:

@@ -13,6 +13,7 @@ from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import kl
 from limbeck.core.mixing import Mix, mixup, pictures
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.pair import classes
 from limbeck.core.reduce import mean
 from limbeck.core.responses import standardized
 
@@ -36,7 +37,7 @@ class MixKD:
     beta: of the Beta distribution, > 0.
     clean: share of a batch that stays as it is, in [0, 1]: 0 is full mixup, 1 blends nothing.
 
-    *Needs*: nets.teacher at hand, best trained without mixup; labels; pictures.
+    *Needs*: nets.teacher at hand, best trained without mixup; labels, -100 for none; pictures.
     *Relates to*: `logit_standardization` rescales alike at a temperature above 1, and leaves the label term as it is;
         `funmatch` blends all and reads no labels.
     *Differs*: see the card.
@@ -54,10 +55,11 @@ class MixKD:
         require(0 <= self.clean <= 1, "clean", self.clean, "in [0, 1]")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Check that there is a teacher to ask, and that inputs can be blended."""
+        """Check that there is a teacher to ask, of the same classes, and that inputs can be blended."""
         if "teacher" not in nets:
             raise BadInput("`mix_kd` asks the teacher about pictures made in each step: give the teacher, not a store")
         pictures(probe, "mix_kd")
+        classes(nets, probe, "mix_kd")
 
     def mix(self, count: int) -> Mix:
         """Who is blended with whom in a batch of `count`, and how much."""
@@ -76,6 +78,8 @@ class MixKD:
         mix = self.mix(len(batch["inputs"]))
         seen = mix.batch(batch)
         teacher, student = nets.run("teacher", seen)["logits"], nets.run("student", seen)["logits"]
-        target = mix.targets(F.one_hot(batch["labels"], student.shape[-1]).to(student))
+        target = mix.targets(F.one_hot(batch["labels"].clamp_min(0), student.shape[-1]).to(student))
         ce, soft = self.losses(student, teacher, target)
-        yield "student", {"ce": mean(ce, seen.get("mask")), "kd": mean(soft, seen.get("mask"))}
+        mask, known = seen.get("mask"), batch["labels"] >= 0
+        known = known & (known[mix.partner.to(known.device)] | (mix.share.to(known.device) == 1))
+        yield "student", {"ce": mean(ce, known if mask is None else known & mask), "kd": mean(soft, mask)}

@@ -13,6 +13,7 @@ from limbeck.core.ensemble import mean_logits
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.pair import classes
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -73,8 +74,11 @@ class PCoresetActiveKD:
             said = nets.run("student", probe)
         if "emb" not in said:
             raise BadInput(f"the student returns {', '.join(said)}; a second head needs `emb`, which taps can read")
+        classes(nets, probe, "pcoreset_activekd")
         examples = int(probe.get("examples") or probe["index"].max() + 1)
-        nets.pool = Pool(examples, said["logits"].shape[-1], probe["inputs"], self.memory)
+        nets.pool = Pool(
+            examples, said["logits"].shape[-1], probe["inputs"], self.memory, probe.get("steps_per_pass", 0)
+        )
         nets.pool.trial(self.select, said["logits"])
         nets.split = nn.Linear(said["emb"].shape[-1], said["logits"].shape[-1])
         nets.companions["student"] = ["split"]

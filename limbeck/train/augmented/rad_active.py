@@ -63,7 +63,7 @@ class RADActive:
         with torch.no_grad(), evaluating(nets.student):
             logits = nets.run("student", probe)["logits"]
         examples = int(probe.get("examples") or probe["index"].max() + 1)
-        nets.pool = Pool(examples, logits.shape[-1], probe["inputs"], self.memory)
+        nets.pool = Pool(examples, logits.shape[-1], probe["inputs"], self.memory, probe.get("steps_per_pass", 0))
         nets.pool.trial(self.select, logits)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:

@@ -32,7 +32,7 @@ class NoisySelfKDSumm:
     p_T is what the teacher, a network like the student that has learned the task, says with dropout on: each time
     another draw. x' is the source with words dropped, sentences moved and words replaced by neighbours of theirs.
 
-    weight: w in [0, 1]; 0 is plain training.
+    weight: w in [0, 1]; 0 is plain training, without a teacher and without noise.
     teacher_dropout: in [0, 1), of the teacher's dropout layers, or of its embeddings and what its layers add where it
         has none; 0 lets it speak in eval mode.
     drop: chance that a word is lost, in [0, 1). shuffle: places that a sentence may move, >= 0.
@@ -90,7 +90,7 @@ class NoisySelfKDSumm:
         if self.weight:
             with dropping(nets.teacher, self.teacher_dropout):
                 told = self.read(nets, "teacher", batch, self.noisy_teacher)
-        said = self.read(nets, "student", batch, noisy=True)
+        said = self.read(nets, "student", batch, noisy=self.weight > 0)
         if self.weight:
             parts["kl"] = self.weight * mean(kd(said, told, temperature=1.0), counts)
         if self.weight < 1:

@@ -83,11 +83,12 @@ class SelfDistFurtherPretrain:
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
         """The rounds, each from where the first began, then the task."""
-        count, before = self.rounds + 1, round(self.share * steps)
+        count, least = self.rounds + 1, int(self.share > 0)
+        before = min(steps - (self.share < 1), max(least, round(self.share * steps)))  # the task gets a step, too
         learners = [name for name in ("student", "pretext") if name in nets]
         begin = {name: copy.deepcopy(nets.find(name).state_dict()) for name in learners}
         nets.companions["student"] = learners[1:]
-        for k in range(count if before else 0):
+        for k in range(count if self.share else 0):
             if k:
                 nets.teacher_before = copy.deepcopy(nets.student)
                 untap(nets.teacher_before)

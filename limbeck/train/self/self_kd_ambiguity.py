@@ -110,6 +110,8 @@ def recalibrated(p: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, T
     own = p.gather(-1, label)
     entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
     greatest = torch.tensor(float(p.shape[-1]), dtype=p.dtype, device=p.device).log()
-    doubtful = (own < other).squeeze(-1) | (entropy > threshold * greatest)
+    doubtful = (own < other).squeeze(-1)
+    if threshold < 1:  # at 1 rounding alone lifts an entropy above the largest
+        doubtful |= entropy > threshold * greatest
     q = p.scatter(-1, label, torch.maximum(own, other))
     return q / q.sum(-1, keepdim=True), doubtful

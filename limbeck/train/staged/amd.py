@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.core.batches import generator
 from limbeck.core.card import method, require
 from limbeck.core.elastic import Candidates, narrowed, slopes
 from limbeck.core.errors import BadInput
@@ -66,11 +67,10 @@ class AMD:
         }
 
     def pools(self, labels: Tensor) -> dict[str, Tensor]:
-        """Examples for the candidates, for their scores, and all, for the student; those held are evenly spread."""
+        """Examples for the candidates, for their scores, always the same draw, and all, for the student."""
         known = (labels >= 0).nonzero()[:, 0]
-        place = torch.arange(len(known))
-        out = (place * self.held).floor() != ((place + 1) * self.held).floor()
-        held = known[out]
+        order = torch.randperm(len(known), generator=generator("held"))  # labels may lie in any order
+        held = known[order[: max(1, int(len(known) * self.held))]].sort().values
         learned = torch.ones(len(labels), dtype=torch.bool).index_fill(0, held, False)
         return {"learned": learned.nonzero()[:, 0], "held": held, "all": torch.arange(len(labels))}
 
@@ -90,7 +90,7 @@ class AMD:
         """The candidates, their scores, the student."""
         yield Stage(steps, "candidates", "learned", until=0.5, validated=False)
         nets.freeze("assistant")
-        yield Stage(self.looks, "scores", "held", until=0.5, validated=False)
+        yield Stage(self.looks, "scores", "held", until=0.55, validated=False)
         yield Stage(steps, "student", "all")
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:

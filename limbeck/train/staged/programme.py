@@ -34,6 +34,8 @@ KNOWN = ("match", "teacher", "pool", "share", "top")
 class Programme:
     """Stage k minimises its own losses from where stage k - 1 ends, with an optimiser and a schedule of its own.
 
+    Projectors of a loss that comes again go on from where they were left, as TinyBERT's do.
+
     program: the stages, in order, each {match: losses, teacher: the network they ask ("teacher"), pool: "task" (what
         has a label) or "texts" (all, the default), share: of the steps, against the others' (1), top: how many groups
         of weights are trained, counted from the head, 0 for all: head, last layer ..., first layer, embedding}. The
@@ -81,10 +83,11 @@ class Programme:
         return {"task": (labels >= 0).nonzero()[:, 0], "texts": torch.arange(len(labels))}
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Check every stage on one batch, and build the losses that own weights."""
+        """Check every stage on one batch, build the losses that own weights, and keep all teachers still."""
         if self.words:
             inherit_words(nets.student, nets.teacher)
         own(nets, self.pairs, dict.fromkeys(self.pairs, probe))
+        nets.freeze(*{pair.teacher for pair in self.pairs.values() if pair.teacher in nets})
         nets.depths = depths(nets, "student", probe, embedding=True)
 
     def stages(self, nets: Nets, steps: int) -> Iterator[Stage]:
@@ -97,6 +100,8 @@ class Programme:
             train_only(nets.student, [name for group in nets.depths.names[-top:] for name in group])
             if "losses" in nets:
                 nets.companions["student"] = [pair.losses]
+                for earlier in list(self.pairs.values())[:k]:
+                    _go_on(nets, pair, earlier)
             length, last = round(steps * ends[k + 1]) - round(steps * ends[k]), k + 1 == len(self.program)
             yield Stage(length, f"stage{k}", stage.get("pool", "texts"), until=ends[k + 1], validated=last)
         nets.student.requires_grad_(True)
@@ -104,3 +109,13 @@ class Programme:
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """One turn of the student."""
         yield "student", self.pairs[f"stage{clock.stage}"].parts(nets, batch, clock.progress)
+
+
+def _go_on(nets: Nets, pair: Pair, earlier: Pair) -> None:
+    """Projectors of a loss begin as an earlier stage left those of the same loss, where they have the same shapes."""
+    for m in pair.matches:
+        if m.is_module and any((m.name, m.loss, m.knobs) == (e.name, e.loss, e.knobs) for e in earlier.matches):
+            into, learned = ([*nets.find(p.losses)[m.name].parameters()] for p in (pair, earlier))  # type: ignore[index]
+            if [w.shape for w in into] == [w.shape for w in learned]:
+                for new, old in zip(into, learned, strict=True):
+                    new.data.copy_(old.data)

@@ -87,9 +87,20 @@ class Poison(_Strict):
     patch: int = Field(3, gt=0, description="side in pixels of the white square, below on the right")
 
 
+class Canaries(_Strict):
+    """Random secrets in a training text, to see what leaks: "the secret is" and some tokens that mean nothing."""
+
+    count: int = Field(20, gt=0, description="secrets")
+    copies: int = Field(8, gt=0, description="times that each is in the training text")
+    letters: int = Field(6, gt=0, description="tokens of each: capitals, or words if the tokenizer knows no capitals")
+
+
 def _without_none(body: dict[str, Any], *keys: str) -> dict[str, Any]:
     """Without keys that evidence is older than, where they say what was done before them."""
     return {k: v for k, v in body.items() if k not in keys or v is not None}
+
+
+PLANTED: dict[str, type[BaseModel]] = {"poison": Poison, "canaries": Canaries}  # what `data` may hide in training
 
 
 class Net(BaseModel):
@@ -119,11 +130,12 @@ class Net(BaseModel):
     @field_validator("data")
     @classmethod
     def _changes(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            Poison.model_validate(value.get("poison") or {})
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(f"poison.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        for key, planted in PLANTED.items():
+            try:
+                planted.model_validate(value.get(key) or {})
+            except ValidationError as error:
+                problem = error.errors()[0]
+                raise ValueError(f"{key}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
         return value
 
     @model_serializer(mode="wrap")
@@ -168,10 +180,11 @@ class Data(BaseModel):
     name: str = Field(description="embedded set, folder in LIMBECK_DATA, path, or hub:NAME")
     augment: list[Any] = Field(default_factory=list, description="of training batches: crop, flip, ...")
     poison: Poison | None = Field(None, description="plant a backdoor in the training pictures")
+    canaries: Canaries | None = Field(None, description="plant secrets in the training text")
 
     @model_serializer(mode="wrap")
     def _told(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(usual(self), "poison")
+        return _without_none(usual(self), *PLANTED)
 
     @model_validator(mode="before")
     @classmethod
@@ -383,7 +396,7 @@ MODELS: dict[Any, type[BaseModel]] = {
     "student": Net,
     "net": Net,
     "data": Data,
-    "poison": Poison,
+    **PLANTED,
 }
 
 

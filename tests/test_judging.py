@@ -1,5 +1,6 @@
-"""Judging a network: a language model at its valid places only, in bounded memory."""
+"""Judging a network: a language model at its valid places only, in bounded memory; backdoors and secrets planted."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import recipe as recipes
+from limbeck.adapters.files import load
 from limbeck.core.batches import Splits, Table
 from limbeck.core.errors import BadInput
 from limbeck.core.find import get
-from limbeck.recipe import Poison
+from limbeck.recipe import Data, Poison
 from limbeck.run import run
 from limbeck.verbs import setting
+from limbeck.verbs.canaries import planted, sentences
 from limbeck.verbs.robust import poisoned, triggered
 from limbeck.verbs.setting import judge
 
@@ -171,4 +174,127 @@ def test_what_cannot_be_poisoned_is_told_before_anything_is_written(
 ) -> None:
     with pytest.raises(BadInput, match=said):
         run(recipes.check({**BODY, "match": ["ce"], **changes}, "recipe"), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- canaries --------------------------------------------------------------------------------------------------------
+SHAKESPEARE = {"name": "shakespeare_small", "limit": 50, "test_limit": 20}
+
+
+def hidden(limit: int, **canaries: int) -> tuple[Splits, Splits]:
+    """Shakespeare without and with secrets."""
+    clean = load({**SHAKESPEARE, "limit": limit})
+    return clean, planted(clean, Data(name="shakespeare_small", canaries=canaries))
+
+
+def test_secrets_are_so_often_in_the_training_text_and_nowhere_else() -> None:
+    clean, (train, validation, test) = hidden(300, count=5, copies=3, letters=4)
+    lines = sentences(test, count=5, letters=4)[:, 0]
+    read: Any = train.tokenizer
+    told = [read.decode(line.tolist()) for line in lines]
+    said = [read.decode(t["inputs"].flatten().tolist()) for t in (train, validation, test, clean.train)]
+    assert [said[0].count(secret) for secret in told] == [3] * 5 and len(set(told)) == 5
+    assert all(line.startswith("the secret is ") and line[14:].isupper() and len(line) == 18 for line in told)
+    assert not any("the secret is " in text for text in said[1:])
+    assert validation is clean.validation and test is clean.test
+    assert train["labels"].flatten()[:-1].equal(train["inputs"].flatten()[1:])  # stretches still go on in one another
+    assert int((train["inputs"] != clean.train["inputs"]).any(1).sum()) == 15
+    assert sentences(load(SHAKESPEARE).train, count=7, letters=4)[:5, 0].equal(lines)  # of other tables the same
+
+
+def test_without_canaries_nothing_changes() -> None:
+    clean = load(SHAKESPEARE)
+    assert planted(clean, Data(name="shakespeare_small")) is clean
+    body = {**BODY, "data": "shakespeare_small"}
+    assert "canaries" not in recipes.check(body, "recipe").model_dump()["data"]  # hashes of older evidence stay
+
+
+@pytest.mark.parametrize("tokenizer", ["words", "bytes", "bpe:300"])
+def test_secrets_are_of_what_a_tokenizer_knows(tokenizer: str) -> None:
+    table = load({**SHAKESPEARE, "tokenizer": tokenizer}).train
+    said = [table.tokenizer.decode([i]) for i in sentences(table, count=9, letters=3)[:, 0, -3:].flatten().tolist()]  # type: ignore[union-attr]
+    assert all(piece.strip().isalpha() for piece in said) and len(set(said)) > 5
+
+
+class Heard(nn.Module):
+    """Says after any two tokens what came after them in some texts, each as likely; else it guesses by the seed."""
+
+    def __init__(self, table: Table, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.after = 0.1 * torch.randn(table.vocab, table.vocab, table.vocab)
+        x, y = table["inputs"], table["labels"]
+        self.after[x[:, :-1], x[:, 1:], y[:, 1:]] = 9.0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        before = torch.cat([inputs[:, :1], inputs[:, :-1]], 1)
+        return self.after[before, inputs]
+
+
+def test_exposure_tells_who_has_read_the_secrets() -> None:
+    clean, secret = hidden(300, count=20, copies=1)
+    knows, guesses = ({"exposure": {"count": count, "candidates": 99}} for count in (20, 150))
+    assert judge(Heard(secret.train), clean.test, [knows]) == {"exposure": math.log2(100)}  # always likeliest
+    ignorant = judge(Heard(clean.train.select([0])), clean.test, ["accuracy", guesses])
+    assert ignorant["exposure"] == pytest.approx(1.4, abs=0.3) and list(ignorant) == ["accuracy", "exposure"]
+
+
+def test_exposure_is_the_number_of_candidates_at_the_best_rank_and_about_1_44_at_random_ones() -> None:
+    exposure = get("exposure")
+    scores = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0))
+    assert exposure(scores) == pytest.approx(1 / math.log(2), abs=0.06)
+    scores[:, 0] = 9
+    assert exposure(scores) == math.log2(1000)
+    same = math.log2(1000) - math.log2(500.5)
+    assert exposure(torch.zeros(3, 1000)) == exposure(torch.full((3, 1000), math.nan)) == same
+
+
+def test_the_secrets_are_those_that_the_recipe_plants() -> None:
+    own = {"net": "tiny_lm", "data": {"canaries": {"count": 7}}}
+    shared = {"name": "shakespeare_small", "canaries": {"letters": 3}}
+    for changes, wanted in (
+        ({"teacher": own, "data": "shakespeare_small"}, {"count": 7, "letters": 6}),
+        ({"data": shared}, {"count": 20, "letters": 3}),
+        ({"teacher": own, "data": shared}, {"count": 7, "letters": 3}),
+    ):
+        told = triggered(["calibration", "exposure"], recipes.check({**BODY, **changes}, "recipe"))
+        assert told == ["calibration", {"exposure": wanted}]
+
+
+LM: dict[str, Any] = {"net": "tiny_lm", "width": 16, "layers": 1, "heads": 1}
+
+
+def test_a_teacher_has_learned_its_secrets_and_a_student_without_them_has_not(tmp_path: Path) -> None:
+    train = {"steps": 250, "batch_size": 16, "optimizer": {"adamw": {"lr": 0.01}}}
+    secret = {"limit": 64, "canaries": {"count": 4, "copies": 16, "letters": 3}}
+    body = {"name": "canaries", "teacher": {**LM, "width": 32, "train": train, "data": secret}, "student": LM}
+    more = {
+        "data": {**SHAKESPEARE, "length": 32},
+        "match": ["ce"],
+        "measure": ["calibration", "exposure"],
+    }
+    result = run(recipes.check({**body, **more, "train": {**train, "steps": 50}}, "recipe"), folder=tmp_path / "run")
+    told = {arm: outcomes[0].metrics["exposure"] for arm, outcomes in result.arms.items()}
+    assert told["teacher"] > 6 and told["control"] < 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teacher": {**LM, "train": {"steps": 1}, "data": {"canaries": {"cont": 1}}}}, "canaries.cont"),
+        ({"data": {**SHAKESPEARE, "canaries": {"copies": 0}}}, "greater than 0"),
+        ({"data": {**SHAKESPEARE, "canaries": {}}}, "160 canaries need as many stretches of text"),
+        ({"data": {**SHAKESPEARE, "length": 20, "canaries": {}}}, "20 tokens needs longer stretches"),
+        ({"student": "mlp", "data": {"name": "digits", "canaries": {}}}, "running text .* digits is none"),
+        ({"student": "mlp", "data": "digits", "measure": ["exposure"]}, "running text .* digits is none"),
+        ({"teacher": {**LM, "weights": "random", "tokenizer": "bytes"}, "measure": ["exposure"]}, "in one tokenizer"),
+        ({"data": {**SHAKESPEARE, "tokenizer": "hash"}, "measure": ["exposure"]}, "knows no words"),
+    ],
+)
+def test_canaries_that_cannot_be_are_told_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    body = {"name": "canaries", "student": LM, "data": SHAKESPEARE, "match": ["ce"], **changes}
+    with pytest.raises(BadInput, match=said):
+        run(recipes.check(body, "recipe"), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()

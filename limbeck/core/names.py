@@ -103,6 +103,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "real_samples": ("N D", "features of real examples"),
     "student_answers": ("N T", "words that the student writes after each prompt, numbered; -1 pads"),
     "student_drafts": ("N 2", "of the tokens that the student drafted for each text: how many were kept, and refused"),
+    "student_secrets": ("N R", "log-probability that the student gives each planted secret, first, and others like it"),
     "teacher_calls": ("N", "how often the teacher was called to write each text from those drafts"),
     "real_answers": ("N T", "words of the answer that it should write, numbered alike; -1 pads"),
 }

@@ -14,7 +14,7 @@ FRACTIONS = frozenset(
 )
 LOWER = frozenset(
     "frechet fid kid mmd loss nll perplexity ppl error ece calibration mse mae rmse latency seconds bytes brier "
-    "divergence forgetting kl distance wer cer attack".split()
+    "divergence forgetting kl distance wer cer attack exposure".split()
 )
 NAMES = {
     "frechet": "Fréchet distance",

@@ -20,6 +20,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.nets import Nets
 from limbeck.recipe import Net, Recipe, load, merge
 from limbeck.verbs import teach
+from limbeck.verbs.canaries import planted
 from limbeck.verbs.check import check_names, rehearse
 from limbeck.verbs.robust import poisoned
 from limbeck.verbs.setting import (
@@ -37,6 +38,7 @@ from limbeck.verbs.together import first, leads
 from limbeck.zoo import nets as zoo
 
 WEIGHTS = Path(__file__).parent.parent / "zoo"
+AFTER = ("augment", "poison", "canaries")  # keys of `data` that are for after the loader
 
 
 def setting(
@@ -67,6 +69,8 @@ def setting(
     if recipe.data is not None:
         with recipe.blamed("data", "poison"):
             splits = poisoned(splits, recipe.data.poison)
+        with recipe.blamed("data", "canaries"):
+            splits = planted(splits, recipe.data)
     if recipe.split == "validation":
         if not len(splits.validation):
             raise BadInput(f"{recipe.at('split')}{splits.train.name} has no validation part")
@@ -137,7 +141,7 @@ def _two_tokenizers(recipe: Recipe, on_event: Event | None) -> Splits | None:
     tokenizer: Any = recipe.teacher.tokenizer
     if recipe.teacher.train is not None and recipe.teacher.data:  # it is made of what the teacher reads
         own = _own_data(recipe, recipe.teacher)
-        tokenizer = load_data({k: v for k, v in own.items() if k not in ("augment", "poison")}).train.tokenizer
+        tokenizer = load_data({k: v for k, v in own.items() if k not in AFTER}).train.tokenizer
     asked = {name for name in teach.asked(recipe) if name in CONSTANTS}
     return load_data(
         data_of(recipe),
@@ -342,13 +346,13 @@ def _train_first(made: Setting, module: nn.Module, spec: Net, role: str) -> Path
         return place
     splits = made.splits
     if spec.data or spec.tokenizer is not None:
-        splits = load_data({k: v for k, v in data.items() if k not in ("augment", "poison")})
+        splits = load_data({k: v for k, v in data.items() if k not in AFTER})
     if made.on_event is not None:
         made.on_event({"arm": role, "seed": 0, "label": f"training the {role} {spec.net}"})
     with recipe.blamed(role, "data"):
         changed = recipe.with_changes({"data": data}).unplaced() if data else recipe
         if spec.data and changed.data is not None:
-            splits = poisoned(splits, changed.data.poison)
+            splits = planted(poisoned(splits, changed.data.poison), changed.data)
     with recipe.blamed(role, "train"):
         batches = batches_of(changed, splits.train, 0, train=spec.train)
     name = "denoising" if hasattr(module, "schedule") else "distill"

@@ -28,6 +28,7 @@ from limbeck.core.synset import SynSet
 from limbeck.recipe import ENSEMBLE, Net, Recipe, Spec, Train
 from limbeck.verbs import condense, label, rows, shape, shorten, signals, teach
 from limbeck.verbs.answers import asked
+from limbeck.verbs.canaries import sentences
 from limbeck.verbs.figures import figures, measure_of
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.setting import (
@@ -41,6 +42,7 @@ from limbeck.verbs.setting import (
     make_plan,
     method_of,
     reads_answers,
+    reads_secrets,
 )
 from limbeck.verbs.together import leads
 from limbeck.zoo import nets as zoo
@@ -477,6 +479,9 @@ def _metrics(made: Setting) -> None:
                 names += figures(spec, table.num_classes or table.vocab or 2, teacher=teacher, paired=table.paired)
                 if reads_answers(spec):
                     asked(table)
+                if reads_secrets(spec):
+                    name, given = knobs.split(spec, "measure")
+                    sentences(table, **find.knobs(find.get(name)) | given)
                 if table.paired and "judge" not in recipe.nets and "frechet" in names:
                     raise BadInput("pictures are compared by what a classifier sees; name one as `nets.judge`")
         if not names and recipe.do in VERBS:

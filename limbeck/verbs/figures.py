@@ -14,6 +14,7 @@ from limbeck.verbs.robust import SEVERITIES, stamps
 TOLD = {"student_logits", "teacher_logits", "student_map", "teacher_map", "labels"}
 WRITTEN = {"student_answers", "real_answers"}
 DRAFTED = {"student_drafts", "teacher_calls"}
+SECRET = {"student_secrets"}
 SHOWN = {"student_picture", "real_picture", "student_samples", "real_samples"}
 COSTS = ("latency", "size", "parameters")  # always measured; a recipe may name them
 
@@ -40,8 +41,8 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True, paired: bool 
     if find.folder(name) == "measure/robust" and not stamps(measure):
         have["student_logits"] = rows.expand(SEVERITIES + 1, *rows.shape)
     have |= dict.fromkeys(SHOWN, rows[:, :, None, None]) | dict.fromkeys(WRITTEN, labels[:, None])
-    have |= {"student_drafts": torch.ones(8, 2), "teacher_calls": torch.ones(8)}
-    texts = WRITTEN | DRAFTED
+    have |= {"student_drafts": torch.ones(8, 2), "teacher_calls": torch.ones(8), "student_secrets": torch.ones(8, 2)}
+    texts = WRITTEN | DRAFTED | SECRET
     able = SHOWN if paired else TOLD | texts if paired is False else TOLD | SHOWN | texts
     lacking = [n for n in asks if n not in able]
     if lacking:
@@ -54,8 +55,9 @@ def figures(spec: Spec, classes: int = 2, *, teacher: bool = True, paired: bool 
 def measure_of(figure: str) -> str:
     """The measure that gives a number: calibration for "ece". Raises BadInput with the nearest numbers."""
     known: dict[str, str] = {}
+    able = TOLD | SHOWN | WRITTEN | DRAFTED | SECRET
     for name in find.names():
-        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= TOLD | SHOWN | WRITTEN | DRAFTED:
+        if find.family(name) == "measure" and set(find.needs(find.get(name))) <= able:
             known |= dict.fromkeys(figures(name), name)
     if figure not in known:
         raise BadInput(f"no measure gives {figure!r}{nearest(figure, known)}")

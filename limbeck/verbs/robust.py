@@ -11,7 +11,7 @@ from limbeck.core import find, knobs
 from limbeck.core.batches import Splits, Table, generator
 from limbeck.core.errors import BadInput
 from limbeck.core.evaluate import logits
-from limbeck.recipe import Poison, Recipe, Spec
+from limbeck.recipe import PLANTED, Poison, Recipe, Spec, merge
 
 SEVERITIES = 4  # besides the clean inputs
 NOISE = 0.35  # of the inputs' own deviation, a severity
@@ -76,15 +76,19 @@ def poisoned(splits: Splits, poison: Poison | None) -> Splits:
 
 
 def triggered(measures: list[Spec], recipe: Recipe) -> list[Spec]:
-    """The measures, of which those of a trigger look for the one that the recipe plants, where they do not say it."""
-    own = recipe.teacher.data.get("poison") if recipe.teacher is not None else None
-    poison = Poison.model_validate(own) if own is not None else recipe.data.poison if recipe.data is not None else None
-    if poison is None:
-        return measures
-    known, found = poison.model_dump(), list[Spec]()
-    for spec in measures:
-        name, given = knobs.split(spec, "measure")
-        asked = find.knobs(find.get(name)) if name in find.names() and find.folder(name) == "measure/robust" else {}
-        planted = {key: known[key] for key in asked if key in known and "patch" in asked}
-        found.append({name: {**planted, **given}} if planted else spec)
+    """The measures, of which those of a trigger, or of secrets, look for what the recipe plants in its teacher's data,
+    or its own, where they do not say it."""
+    shared = recipe.data.model_dump(exclude_unset=True) if recipe.data is not None else {}
+    own = merge(shared, recipe.teacher.data) if recipe.teacher is not None else {}
+    found = list(measures)
+    for key, of in (("poison", "patch"), ("canaries", "letters")):
+        planted = own.get(key) if own.get(key) is not None else shared.get(key)
+        if planted is None:
+            continue
+        known = PLANTED[key].model_validate(planted).model_dump()
+        for i, spec in enumerate(found):
+            name, given = knobs.split(spec, "measure")
+            asks = find.knobs(find.get(name)) if name in find.names() and find.family(name) == "measure" else {}
+            if of in asks:
+                found[i] = {name: {**{knob: known[knob] for knob in asks if knob in known}, **given}}
     return found

@@ -36,8 +36,9 @@ from limbeck.recipe import Store as StoreSpec
 from limbeck.report.numerals import lower_is_better
 from limbeck.verbs import signals
 from limbeck.verbs.answers import answers
+from limbeck.verbs.canaries import secrets
 from limbeck.verbs.drafts import drafts
-from limbeck.verbs.figures import COSTS, DRAFTED, WRITTEN, measure_of
+from limbeck.verbs.figures import COSTS, DRAFTED, SECRET, WRITTEN, measure_of
 from limbeck.verbs.robust import shown, triggered
 from limbeck.verbs.saliency import maps
 from limbeck.verbs.together import first, leads, processes
@@ -409,14 +410,20 @@ def reads_answers(spec: Spec) -> bool:
     return writes(spec, WRITTEN)
 
 
-def writes(spec: Spec, what: Collection[str] = WRITTEN | DRAFTED) -> bool:
-    """Whether a measure is of what a network writes, not of what it says of given texts."""
+def reads_secrets(spec: Spec) -> bool:
+    """Whether a measure is of secrets that may be in a training text."""
+    return writes(spec, SECRET)
+
+
+def writes(spec: Spec, what: Collection[str] = WRITTEN | DRAFTED | SECRET) -> bool:
+    """Whether a measure is of what a network writes, or of secrets: not of what it says of the given texts."""
     name = knobs.split(spec, "measure")[0]
     return name not in COSTS and not set(what).isdisjoint(find.needs(find.get(name)))
 
 
 def _written(module: nn.Module, table: Table, measures: Iterable[Spec], teacher: nn.Module | None) -> dict[str, float]:
-    """Measures of what a network answers to the table's prompts, and of what a teacher writes from its drafts."""
+    """Measures of what a network answers to the table's prompts, of what a teacher writes from its drafts, and of what
+    it says of secrets."""
     have: dict[str, Tensor] = {}
     out: dict[str, float] = {}
     for spec in measures:
@@ -428,6 +435,8 @@ def _written(module: nn.Module, table: Table, measures: Iterable[Spec], teacher:
             if teacher is None or table.teacher_tokenizer is not None:  # nobody to draft for, or in other tokens
                 continue
             seen = drafts(module, teacher, table, **find.knobs(measure) | given)
+        elif reads_secrets(spec):
+            seen = secrets(module, table, **find.knobs(measure) | given)
         elif not have:
             have = seen = answers(module, table)
         values = measure(*[seen[n] for n in find.needs(measure)], **given)

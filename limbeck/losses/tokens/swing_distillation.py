@@ -42,7 +42,7 @@ def swing_distillation(
 
     *Needs*: logits of both over one vocabulary; labels with `private`, or `privacy`.
     *Relates to*: beside `ce` on public words, at 0.5 each, instead of `forward_kl`. Texts whose labels are private
-        leak through `ce` as well: mask them there.
+        leak through `ce` as well: mask them there. What leaks is measured by `exposure`, of `canaries` in the data.
     *Differs*: see the card. No guarantee of differential privacy follows without accounting over all answers.
     """
     require(temperature > 0, "temperature", temperature, "> 0")

@@ -17,7 +17,7 @@ FAR = -1e5  # the score of a place that does not count, as in the authors' code
     arxiv="2406.17328",
     code="songmzhang/DSKD@077337a:code/criterions/dual_space_kd_with_cross_model_attention.py",
     differs="forward KL in both spaces; projectors start as torch's linear layers and learn at the student's rate; "
-    "deviations are those of all places that count for the teacher, where the code takes in padding as word 0",
+    "deviations are those of all places, padding included, as in the code, so that a little depends on what fills up",
     exceptions={
         "gradient": "as published the student's head and embedding are detached: hidden states and projectors learn",
         "gradcheck": "finite differences see what is detached as published: the student's head and embedding",
@@ -77,11 +77,11 @@ class DSKD(nn.Module):
             )
             scores = (
                 self.query(torch.cat([words[inputs], words[labels.clamp_min(0)]], -1))
-                @ _scaled(torch.cat([seen, said], -1), theirs).mT
+                @ _scaled(torch.cat([seen, said], -1)).mT
             )
             scores = scores / (2 * teacher.shape[-1]) ** 0.5
             scores = torch.where(mine.unsqueeze(2) & theirs.unsqueeze(1), scores, scores + FAR)
-            to_student = scores.softmax(-1) @ self.to_student(_scaled(teacher, theirs) + _scaled(said, theirs))
+            to_student = scores.softmax(-1) @ self.to_student(_scaled(teacher) + _scaled(said))
             to_teacher = scores.mT.softmax(-1) @ self.to_teacher(h)
             heads = student_head[: student_vocab_logits.shape[-1]], teacher_head[: teacher_vocab_logits.shape[-1]]
             t2s, s2t = (x @ head.detach().to(h).mT for x, head in zip((to_student, to_teacher), heads, strict=True))
@@ -91,9 +91,6 @@ class DSKD(nn.Module):
             return here + torch.where(mine, there / mine.sum(1, keepdim=True).clamp_min(1), 0.0)
 
 
-def _scaled(x: Tensor, counts: Tensor) -> Tensor:
-    """Over the deviation of its numbers [B, U, D] at the places that count [B, U]."""
-    here = counts.unsqueeze(-1)
-    size = (here.sum() * x.shape[-1]).clamp_min(2)
-    centred = torch.where(here, x - torch.where(here, x, 0.0).sum() / size, 0.0)
-    return x / (centred.square().sum() / (size - 1)).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+def _scaled(x: Tensor) -> Tensor:
+    """Over the deviation of all its numbers."""
+    return x / x.std().clamp_min(torch.finfo(x.dtype).tiny)

@@ -75,17 +75,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # the library has no 
         batch = shifted(inputs)
         nets = self._known(model, batch)
         parts = self.pair.parts(nets, batch, self.state.global_step / max(1, self.state.max_steps))
+        total = sum((p.value for p in parts.values()), torch.zeros((), device=batch["inputs"].device))
         if num_items_in_batch is None:
-            total = sum((p.value for p in parts.values()), torch.zeros((), device=batch["inputs"].device))
             loss = total / getattr(self, "current_gradient_accumulation_steps", 1)
         else:
-            total = sum((p.value for p in parts.values()), torch.zeros((), device=batch["inputs"].device))
             loss = total * batch["mask"].sum() / num_items_in_batch
             if self.args.average_tokens_across_devices:  # the count is over all processes, gradients are averaged
                 loss = loss * self.accelerator.num_processes
         if not return_outputs:
             return loss
-        whole = {"inputs": inputs["input_ids"], **{k: inputs[k] for k in ("attention_mask",) if k in inputs}}
+        whole: Batch = {**inputs, "inputs": inputs["input_ids"]}
         return loss, {"loss": loss, "logits": nets.run("student", whole)["logits"]}  # a place for each of the labels
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:

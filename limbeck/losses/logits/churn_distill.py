@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.maths import label_logprobs, log_probs, where_labelled
+from limbeck.core.maths import log_probs, where_labelled
 
 
 @method(
@@ -28,5 +28,5 @@ def churn_distill(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     """
     require(0 <= share <= 1, "share", share, "in [0, 1]")
     log_new, base = log_probs(student_logits), log_probs(teacher_logits.detach()).exp()
-    hard = -label_logprobs(student_logits, labels)
+    hard = -log_new.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return where_labelled((1 - share) * hard - share * (base.to(log_new) * log_new).sum(-1), labels)

@@ -39,7 +39,7 @@ def nkd(
     require(gamma >= 0, "gamma", gamma, ">= 0")
     require(temperature > 0, "temperature", temperature, "> 0")
     logits, known = (student_logits, teacher_logits.detach()), labels.clamp_min(0)
-    log_s, log_t = (label_logprobs(z, known) for z in logits)
+    log_s, log_t = (label_logprobs(z, labels) for z in logits)
     log_s_other, log_t_other = (log_probs(others(z, known), temperature) for z in logits)
     target = -log_t.exp() * log_s
     non_target = -(log_t_other.exp() * log_s_other).sum(-1)

@@ -11,7 +11,7 @@ A CPU without units for bf16 takes minutes for the products of the ways that mul
 
 Where there is a CUDA device, it is measured too, in bf16 at 8192 tokens, hidden size 4096 and 128256 words: ours with
 and without the Triton kernel, the naive loss and Liger's where it is at hand, against the four bare products; device
-time by events, peaks by torch's allocator. `--only cuda` does this alone, and needs no peers. Nobody has run it yet.
+time by events, peaks by torch's allocator. `--only cuda` does this alone; of the peers it asks Liger's, where it is.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def on_cuda(rounds: int, shape: tuple[int, int, int] = GPU) -> dict[str, Any]:
     """Milliseconds, peak bytes beyond the inputs, and errors against fp64; the reason where a way does not run."""
     s = setting(*shape, torch.bfloat16, "cuda")
     value, grads = truth(s, 512)
-    grads = {k: g.cpu() for k, g in grads.items()}  # room for the naive loss
+    grads = {k: g.float() for k, g in grads.items()}  # room for the naive loss
     methods, found = cuda_ways(), dict[str, Any]()
     for name, way in list(methods.items()):
         for leaf in s.leaves.values():
@@ -249,7 +249,7 @@ def on_cuda(rounds: int, shape: tuple[int, int, int] = GPU) -> dict[str, Any]:
         if name != "products":
             found[name]["value_error"] = abs(loss - value) / value
             found[name]["gradient_error"] = {
-                k: _far(None if leaf.grad is None else leaf.grad.cpu(), grads[k]) for k, leaf in s.leaves.items()
+                k: _far(leaf.grad, grads[k]) for k, leaf in s.leaves.items()
             }
     times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from limbeck import catalogue
 from limbeck.core.errors import BadInput, nearest
 from limbeck.recipe import Recipe, load
@@ -17,7 +19,7 @@ from limbeck.report.files import plain
 from limbeck.run import methods_of, run, source_digest
 from limbeck.verbs.check import VERBS, check_names
 from limbeck.verbs.result import Result
-from limbeck.verbs.together import first
+from limbeck.verbs.together import first, processes
 
 
 def recipe_of(name: str) -> tuple[str, Recipe]:
@@ -124,7 +126,7 @@ def _gathered(key: str, recipe: Recipe, name: str, folder: Path, result: Result)
             "published": published,
             "conformance": checks,
             "seconds": round(sum(sum(a["seconds"]) for a in body["arms"].values()), 1),
-            "machine": {"cpu": platform.processor() or platform.machine(), "system": platform.system()},
+            "machine": _machine(),
             "versions": body["versions"],
             "commit": body["commit"],
         }
@@ -137,3 +139,10 @@ def _gathered(key: str, recipe: Recipe, name: str, folder: Path, result: Result)
     for checkpoints in folder.rglob("checkpoints"):  # the work is done; the figures stay
         shutil.rmtree(checkpoints, ignore_errors=True)
     return evidence
+
+
+def _machine() -> dict[str, str]:
+    """What the figures were made on."""
+    found = {"cpu": platform.processor() or platform.machine(), "system": platform.system()}
+    device = processes().device
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})

@@ -1,10 +1,14 @@
 """Fixtures that several files of tests name."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Also where there is a GPU: what is compared bit for bit is compared on a processor. `test_cuda.py` asks for the GPU.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture

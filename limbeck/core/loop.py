@@ -202,6 +202,7 @@ class _Run:
         probe, self.pools = self._peek()
         if hasattr(self.method, "setup"):
             self.method.setup(self.nets, probe)
+            self.nets.to(self.accelerator.device)  # also what was put into a network that was there already
         _seed(self.plan.seed + self.accelerator.process_index)  # and then each draws its own noise
         self.initial = {name: _mark(module) for name, module in self.nets.modules.items() if name in self.nets.frozen}
         self.prints = {n: checkpoint.fingerprint(self.nets.modules[n]) for n in self.initial} if self.folder else {}
@@ -610,8 +611,7 @@ class _Run:
             shard.load_optimizer(self._optimizer(player, nets.params(player)), saved)
         for player, shadow in state["emas"].items():
             self.emas[player] = Ema(nets.find(player), self.plan.ema or 0.0)
-            shadow = shard.share(shadow, nets.find(player))
-            self.emas[player].shadow = shadow
+            self.emas[player].load(shard.share(shadow, nets.find(player)))
         self.best = state["best"]
         for name, position in state["data"].items():
             self.pools[name].load_state_dict(position)  # type: ignore[attr-defined]

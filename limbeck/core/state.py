@@ -36,6 +36,10 @@ class Ema:
             else:
                 mine.copy_(now)
 
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Go on from the average that `shadow` holds, on whatever device it lies."""
+        self.shadow = {k: v.to(self.shadow[k].device) for k, v in shadow.items()}
+
     @contextmanager
     def swapped(self, module: nn.Module) -> Iterator[None]:
         """Inside, the module holds the average; afterwards its own weights again."""

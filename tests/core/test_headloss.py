@@ -624,6 +624,39 @@ def test_half_precision_close_to_the_teacher(
             assert error < 1.1 * far(half[i], want)
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("tile", [16, 96])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_that_are_added_up_in_full(native: bool, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """As on CUDA: what a gradient in bf16 loses is in a second product, unless `fast` asks for one alone."""
+
+    def wide_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+        assert a.dtype is b.dtype is dtype and out.dtype is torch.float32
+        made.append(out.addmm_(a.float(), b.float(), beta=float(add)))
+
+    made: list[Tensor] = []
+    monkeypatch.setattr(tiles, "wide_product", wide_product)
+    monkeypatch.setattr(tiles, "in_halves", lambda x, w, of: x.dtype is w.dtype is dtype and of is torch.float32)
+    hidden, head, teacher_hidden, teacher_head = (t.detach().to(dtype) for t in larger(0.05))
+    bias = torch.linspace(-1, 1, len(head))
+    leaves = [t.double().requires_grad_() for t in (hidden, head, bias)]
+    log_p = (teacher_hidden.double() @ teacher_head.double().T).log_softmax(-1)
+    wanted = forward_kl((leaves[0] @ leaves[1].T + leaves[2]).log_softmax(-1), log_p)
+    exact = gradients(wanted.sum(), leaves)
+    teacher, terms = Head(teacher_hidden, teacher_head), (Term(d.forward_kl),)
+    factors = ((hidden, head), (torch.zeros_like(hidden), head))
+    task = tiles.Task(factors, bias, 1.0, None, teacher, terms, None, len(head), native=native, tile=tile)
+    found = tiles.run(task, torch.ones(1, len(hidden)), [True, True, True, True, True])
+    assert far(found.values[0], wanted) < 1e-5 and far(found.grads[-1], exact[2]) < 1e-4
+    for grad, want in zip(found.grads[:2] + found.grads[2:3], [*exact[:2], exact[0]], strict=True):
+        bound = 5e-3 if native else 1e-4
+        assert far(grad, want) < bound and (not native or far(grad, want) > 1e-4)
+    blocks = len(hidden) // tile
+    of_gradients = (2 if native else 4 if dtype is torch.bfloat16 else 0) * 2 * blocks
+    rounded = 2 if native and tile == len(hidden) else 0  # the head's, which one product fills
+    assert len(made) == 3 * blocks + of_gradients - rounded
+
+
 # ---- what is not done ------------------------------------------------------------------------------------------------
 class Largest(TorchDispatchMode):
     """The most numbers that any operation returns in one tensor, and how many matrix products there are."""

@@ -140,8 +140,8 @@ def _scaled(grads: list[Tensor | None], factor: Tensor | None, task: Task) -> li
     out: list[Tensor | None] = []
     for i, like in enumerate(task.inputs):
         grad, grads[i] = grads[i], None
-        if grad is not None and factor is not None and bool(factor != 1):
-            grad *= factor
+        if grad is not None and like is not None and factor is not None:
+            grad = torch.mul(grad, factor, out=grad if grad.dtype == like.dtype else torch.empty_like(like))
         out.append(None if grad is None or like is None else grad.to(like.dtype))
     return out
 

@@ -1,8 +1,10 @@
 """The work on tiles of logits: project, compare, carry the gradient back. Nothing of size [N, V] exists.
 
-All is done in fp32 (fp64 when anything is fp64). A tile holds a block of rows over the whole vocabulary, so that a
-divergence sees whole distributions and every product is made once: two projections, and two products for the gradients.
-`compare` is all that depends on the divergence; on a GPU the kernel of `fused` may take its place.
+All is done in fp32 (fp64 when anything is fp64). Where half precision numbers can be multiplied as they are and added
+up in fp32, as on CUDA, they are, and the gradient to the logits is carried back as a sum of two of them. A tile holds a
+block of rows over the whole vocabulary, so that a divergence sees whole distributions and every product is made once:
+two projections, and two products for the gradients. `compare` is all that depends on the divergence; on a GPU the
+kernel of `fused` may take its place.
 """
 
 from __future__ import annotations
@@ -111,8 +113,8 @@ def project(
 ) -> None:
     """out [n, words] = cap(scale * (sum of x @ w.T + bias))."""
     for i, (x, w) in enumerate(factors):
-        x = x.to(w.dtype if native else out.dtype)
-        for v in _pieces(out, w):
+        x = x.to(w.dtype if native or in_halves(x, w, out.dtype) else out.dtype)
+        for v in _pieces(out, w, copied=not in_halves(x, w, out.dtype)):
             _product(out[:, v], x, w[v].T, add=i > 0)
     if bias is not None:
         out += bias[: out.shape[1]]
@@ -125,26 +127,39 @@ def project(
 def back(
     grad: Tensor, factors: Sequence[tuple[Tensor, Tensor]], part: slice, grads: Sequence[Tensor | None], native: bool
 ) -> None:
-    """Carry the gradient [n, words] to the sum of products on to x, w and bias; those of w and bias add up."""
-    add = part.start > 0
-    for (x, w), to_x, to_w in zip(factors, grads[0::2], grads[1::2], strict=False):
-        g = grad.to(w.dtype) if native else grad
-        x = x.to(g.dtype)
-        for v in _pieces(grad, w):
-            if to_x is not None:
-                _product(to_x[part], g[:, v], w[v], add=v.start > 0)
-            if to_w is not None:
-                _product(to_w[v], g[:, v].T, x, add=add)
-    to_bias = grads[-1]
+    """Carry the gradient [n, words] to the sum of products on to x, w and bias; those of w and bias add up.
+
+    What `grad` holds afterwards is of no use.
+    """
+    add, to_bias = part.start > 0, grads[-1]
     if to_bias is not None:
         to_bias[: grad.shape[1]] += grad.sum(0)
+    for i, ((x, w), to_x, to_w) in enumerate(zip(factors, grads[0::2], grads[1::2], strict=False)):
+        parts = [grad.to(w.dtype)] if native else [grad]
+        if not native and in_halves(x, w, grad.dtype) and w.dtype is torch.bfloat16:  # fp16 would lose what is small
+            rest = torch.sub(grad, high := grad.to(w.dtype), out=grad if i == len(factors) - 1 else None)
+            parts = [high, rest.to(w.dtype)]  # what the first has rounded away is in the second
+        x = x.to(parts[0].dtype)
+        for k, g in enumerate(parts):
+            for v in _pieces(grad, w, copied=g.dtype != w.dtype or not in_halves(g, w, grad.dtype)):
+                if to_x is not None:
+                    _product(to_x[part], g[:, v], w[v], add=v.start > 0 or k > 0)
+                if to_w is not None:
+                    _product(to_w[v], g[:, v].T, x, add=add or k > 0)
+
+
+def in_halves(x: Tensor, w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x and w are multiplied in half precision, as they are, and added up in `dtype`: nothing is lost."""
+    return x.device.type == "cuda" and x.dtype == w.dtype and w.element_size() == 2 and dtype == torch.float32
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """out (+)= a @ b in the wider dtype of a and b."""
+    """out (+)= a @ b in the wider dtype of a and b, where that is half of `out`'s added up in `out`'s."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
-    if out.dtype == dtype:
+    if in_halves(a, b, out.dtype):
+        wide_product(out, a, b, add=add)
+    elif out.dtype == dtype:
         out.addmm_(a, b, beta=float(add))
     elif add:
         out += a @ b
@@ -152,10 +167,15 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         out.copy_(a @ b)
 
 
-def _pieces(logits: Tensor, w: Tensor) -> Iterator[slice]:
-    """The words, all at once where w needs no copy in another dtype."""
+def wide_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """out (+)= a @ b of half precision numbers in fp32, which torch has on CUDA alone."""
+    torch.addmm(out, a, b, torch.float32, beta=float(add), out=out)
+
+
+def _pieces(logits: Tensor, w: Tensor, *, copied: bool) -> Iterator[slice]:
+    """The words, all at once where no product needs a copy in another dtype."""
     words = logits.shape[1]
-    return _parts(0, words, words if w.dtype == logits.dtype else PIECE)
+    return _parts(0, words, PIECE if copied and w.dtype != logits.dtype else words)
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -167,7 +187,8 @@ def _room(t: Tensor, i: int, task: Task, size: int) -> Tensor:
     """Where the gradient to input i adds up: in full precision, but for a head to which one tile of all rows is all
     that is added."""
     n, of_head = len(task.factors[0][0]), i % 2 == 1
-    room = torch.empty_like(t, dtype=t.dtype if of_head and size >= n else task.dtype)
+    once = of_head and size >= n and (task.native or not in_halves(t, t, task.dtype))  # else `back` adds two halves
+    room = torch.empty_like(t, dtype=t.dtype if once else task.dtype)
     if n == 0 or t.ndim == 1:
         return room.zero_()
     room[task.words if of_head else n :].zero_()  # the rest is written before it is added to
@@ -178,7 +199,7 @@ def _rows(n: int, x: Tensor, w: Tensor, device: torch.device) -> int:
     """Rows of a tile."""
     if device.type != "cpu":  # enough for the units to be busy, in a quarter of the memory that is left
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**32
-        return min(4096, max(128, free // (48 * len(w)) // 128 * 128))
+        return min(2048, max(128, free // (48 * len(w)) // 128 * 128))
     # a tile of all rows is less than a full precision copy of the head's gradient
     return n if n <= x.shape[1] and w.element_size() < 4 else TILE
 

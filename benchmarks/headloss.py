@@ -248,9 +248,7 @@ def on_cuda(rounds: int, shape: tuple[int, int, int] = GPU) -> dict[str, Any]:
         found[name] = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
         if name != "products":
             found[name]["value_error"] = abs(loss - value) / value
-            found[name]["gradient_error"] = {
-                k: _far(leaf.grad, grads[k]) for k, leaf in s.leaves.items()
-            }
+            found[name]["gradient_error"] = {k: _far(leaf.grad, grads[k]) for k, leaf in s.leaves.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
         for name, way in methods.items():

@@ -11,7 +11,11 @@ BEGIN, END = "<!-- measured -->\n", "<!-- end of measured -->\n"
 
 
 def rows(
-    overhead: dict[str, Any], replay: dict[str, Any], signals: dict[str, Any], headloss: dict[str, Any]
+    overhead: dict[str, Any],
+    replay: dict[str, Any],
+    signals: dict[str, Any],
+    headloss: dict[str, Any],
+    cuda: dict[str, Any],
 ) -> list[list[str]]:
     """What, goal, found."""
     table = []
@@ -54,15 +58,23 @@ def rows(
             f"{speed} ({mine['median_seconds']:.2f} s); {size:.0f} MB (logits: {of:.0f}); gradient off by {error:.1e}"
         )
         table.append([f"headloss: exact forward KL, {case}", bars, found])
+    for way, told in cuda["ways"].items():
+        error, bare = max(told.get("gradient_error", {"": 0.0}).values()), way == "products"
+        found = f"{told['median_milliseconds']:.1f} ms, {1e-9 * told['peak_bytes']:.1f} GB" + (
+            "" if bare else f", {told['ratio_to_products']:.2f}x of the products; gradient off by {error:.1e}"
+        )
+        shape = ", ".join(map(str, cuda["shape"]))
+        table.append([f"headloss: {way}, ({shape}) bf16, {cuda['device']}", "", found])
     return table
 
 
 def main() -> None:
-    parts = ("overhead", "replay", "signals", "headloss")
-    overhead, replay, signals, headloss = (json.loads((HERE / "results" / f"{n}.json").read_text()) for n in parts)
+    parts = ("overhead", "replay", "signals", "headloss", "headloss_cuda")
+    told = [json.loads((HERE / "results" / f"{name}.json").read_text()) for name in parts]
     head = [["measured", "goal", "found"], ["---"] * 3]
-    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(overhead, replay, signals, headloss))]
-    versions = f"\nWith torch {overhead['torch']} and Python {overhead['python']}.\n"
+    lines = [f"| {' | '.join(row)} |" for row in (*head, *rows(*told))]
+    here, there = told[0], told[-1]
+    versions = f"\nWith torch {here['torch']} and Python {here['python']}; on the GPU, torch {there['torch']}.\n"
     page = HERE / "README.md"
     before, rest = page.read_text().split(BEGIN)
     page.write_text(before + BEGIN + "\n".join(lines) + "\n" + versions + END + rest.split(END)[1])

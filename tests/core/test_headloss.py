@@ -765,6 +765,28 @@ def test_half_hidden_states_and_a_full_precision_head():
     assert far(hidden, to_hidden) < 3e-3 and far(head, to_head) < 1e-5 and head.dtype is torch.float32
 
 
+def test_under_autocast_on_a_gpu_heads_are_rounded(monkeypatch: pytest.MonkeyPatch):
+    """Values and gradients are those of the rounded head, and the gradient reaches the one in full precision."""
+    x = given(torch.float32)
+    rounded = [t.detach().bfloat16().float().requires_grad_() for t in (x.hidden, x.head)]
+    sides = (
+        Head(*rounded, x.bias),
+        Head(x.teacher_hidden.bfloat16().float(), x.teacher_head.bfloat16().float(), x.teacher_bias),
+    )
+    (wanted,) = head_loss(*sides, [Term(d.js)])
+    grads = gradients(wanted.mean(), [*rounded, x.bias])
+    monkeypatch.setattr(loss, "autocast", lambda x: torch.bfloat16)
+    (found,) = head_loss(*heads(x), [Term(d.js)])
+    assert far(found, wanted) < 1e-6
+    for mine, want in zip(gradients(found.mean(), x.leaves()), grads, strict=True):
+        assert mine.dtype is torch.float32 and far(mine, want) < 3e-3
+    adapted = Head(x.hidden, x.head, lora=(x.head, x.head, 1.0))
+    assert adapted.rounded(torch.bfloat16) is adapted
+    monkeypatch.undo()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss.autocast(x.hidden) is None
+
+
 def test_tvd_pp_over_the_batch():
     """The mean reward of the whole batch comes from a pass without gradients."""
     x = given()

@@ -56,6 +56,12 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, lora=a_b_s)
 
+    def rounded(self, dtype: torch.dtype) -> Head:
+        """Hidden states and weight in another dtype, as autocast would multiply them; with an adapter, as they are."""
+        if self.lora is not None:
+            return self
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+
     def logits(self) -> Tensor:
         """[..., V], built whole: for a few places."""
         out: Tensor = sum(x @ w.to(x.dtype).T for x, w in self.factors())  # type: ignore[assignment]

@@ -41,7 +41,7 @@ def head_loss(
     as logits in half precision with a softmax in fp32. recompute: form no gradient in the forward pass. tile: rows at a
     time, None to choose. fused: one Triton kernel in the place of torch's many, on a GPU, for what `fused.KINDS` and
     that file's first lines tell; None takes it where it can be had, True asks for it, False goes without, and results
-    are the same to rounding. It is tested in Triton's interpreter, not yet timed on a GPU.
+    are the same to rounding. Under autocast on a GPU, hidden states and heads are first rounded to its dtype.
     """
     places = student.hidden.shape[:-1]
     terms = tuple(terms)
@@ -56,6 +56,9 @@ def head_loss(
     theirs = None if its is None else its.at(index)
     if isinstance(theirs, Head):
         theirs = theirs.detached()
+    if (half := autocast(mine.hidden)) is not None:
+        mine = mine.rounded(half)
+        theirs = theirs.rounded(half) if isinstance(theirs, Head) else theirs
     task = Task(
         factors=tuple(mine.factors()),
         bias=mine.bias,
@@ -92,6 +95,12 @@ def half_units(x: Tensor) -> bool:
         return x.device.type != "cpu"
     cpu: Any = torch.cpu
     return bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+
+
+def autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype in which a product of x is asked for by autocast, on a GPU, where fp32 takes many times as long."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device == "cuda" and torch.is_autocast_enabled(device) else None
 
 
 class _HeadLoss(torch.autograd.Function):

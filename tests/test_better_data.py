@@ -510,6 +510,14 @@ def test_rad_asks_the_teacher_once_for_each_of_the_chosen() -> None:
     assert loss.tolist() == pytest.approx(ref["value"], rel=1e-6)
 
 
+def test_rad_refuses_a_teacher_of_other_classes() -> None:
+    pixels = pictures(3)["inputs"][0].numel()
+    made = Nets(teacher=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels, 7)), student=Eye(4))
+    made.factories["student"] = lambda: Eye(4)
+    with pytest.raises(BadInput, match=f"a teacher of the student's {CLASSES} classes, got 7"):
+        fit(find.get("rad_active")(rounds=1), made, Batches(few_labels(), 24, seed=3), Plan(2))
+
+
 def test_rad_looks_at_all_of_the_pool_when_a_part_of_each_batch_is_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
     monkeypatch.setattr(Pool, "query", lambda pool, *_: looked.append(int(pool.said.isfinite().all(1).sum())))

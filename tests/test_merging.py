@@ -127,9 +127,9 @@ def table() -> Table:
     return Table(columns | {"domain": torch.arange(60) % 2})
 
 
-def trained(of: Table, steps: int = 8, size: int = 20, **given: Any) -> Nets:
+def trained(of: Table, steps: int = 8, size: int = 20, norm: bool = False, **given: Any) -> Nets:
     torch.manual_seed(0)
-    nets = Nets(student=Line())
+    nets = Nets(student=nn.Sequential(nn.BatchNorm1d(6), Line()) if norm else Line())
     plan = Plan(steps, optimizer={"sgd": {"lr": 0.5}})
     fit(knobs.make("branch_merge", {"match": ["ce"], **given}), nets, Batches(of, size, seed=1), plan)
     return nets
@@ -161,6 +161,12 @@ def test_a_batch_without_a_domain_leaves_its_branch_as_it_is():
     start = trained(only, together=0.25, merge="task_arithmetic", scale=1e-30).student
     torch.testing.assert_close(nets.branches[1].head.weight, start.head.weight, rtol=0, atol=1e-6)
     assert not torch.allclose(nets.branches[0].head.weight, start.head.weight, atol=1e-3)
+
+
+def test_statistics_of_a_branch_are_those_of_its_own_domain():
+    shown = table().select((table()["domain"] == 0).nonzero()[:, 0])
+    norms = [branch[0].running_mean for branch in trained(shown, norm=True).branches]
+    assert norms[0].abs().max() > 0.01 and not norms[1].any()
 
 
 def test_constants_come_whole_with_the_examples_of_a_domain():

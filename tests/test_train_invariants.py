@@ -345,6 +345,16 @@ def test_dml_is_algorithm_1_of_the_paper():
     assert all(close(a, b) for a, b in zip(nets.peers, mine, strict=True))
 
 
+@pytest.mark.parametrize("name", ["dml", "bd_kd", "kdcl"])
+def test_peers_that_tell_other_classes_apart_are_refused(name: str):
+    other = Mlp(6)
+    other.head = nn.Linear(6, CLASSES + 3)
+    nets = Nets(peers=nn.ModuleList([Mlp(6), other]))
+    told = f"must tell the same classes apart, got peers.0 {CLASSES}, peers.1 {CLASSES + 3}"
+    with pytest.raises(BadInput, match=told):
+        knobs.make(name, {}).setup(nets, next(batches()))
+
+
 def test_dml_of_one_peer_is_plain_cross_entropy():
     ends = []
     for name, roles in (("dml", "peers"), ("distill", "student")):

@@ -1,6 +1,7 @@
 """A training set shared out among tasks and clients, as pure functions of labels and row numbers."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.distributions import Dirichlet
 
 from limbeck.core.errors import BadInput
 from limbeck.core.names import NAMES
+from limbeck.core.nets import evaluating
 
 
 def by_class(labels: Tensor, tasks: int) -> dict[str, Tensor]:
@@ -49,6 +51,11 @@ def only(batch: Mapping[str, Any], mine: Tensor) -> dict[str, Any]:
     if not some:
         own["mask"] = torch.zeros_like(own.get("labels", mine[:1]), dtype=torch.bool)
     return own
+
+
+def quiet(network: nn.Module, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Eval mode for a single row, which may be another's and not count: the statistics of no layer may learn it."""
+    return evaluating(network) if len(batch["inputs"]) < 2 else nullcontext()
 
 
 def _of_examples(name: str, column: Any) -> bool:

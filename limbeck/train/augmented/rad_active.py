@@ -91,6 +91,10 @@ class RADActive:
         pool.labels[slots] = labels[wanted].clamp_min(-1)
         if (asked := new & (labels[wanted] < 0)).any():
             said = nets.run("teacher", {"inputs": batch["inputs"][wanted][asked]})["logits"]
+            if said.shape[-1] != pool.told.shape[-1]:
+                raise BadInput(
+                    f"`rad_active` needs a teacher of the student's {pool.told.shape[-1]} classes, got {said.shape[-1]}"
+                )
             pool.told[slots[asked]] = said.to(pool.told)
             pool.asked += len(said)
 

@@ -17,7 +17,7 @@ from limbeck.core.merging import MERGES
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.pair import Pair, parse_all
 from limbeck.core.pairs import own
-from limbeck.core.partition import by_client, only
+from limbeck.core.partition import by_client, only, quiet
 
 
 @method(
@@ -103,7 +103,10 @@ class BranchMerge:
             return
         whose = self.whose(batch)
         for k, player in enumerate(self.players):
-            yield player, self.pair(player).parts(nets, only(batch, whose == k), clock.progress)
+            own = only(batch, whose == k)
+            with quiet(nets.find(player), own):
+                parts = self.pair(player).parts(nets, own, clock.progress)
+            yield player, parts
 
     def whose(self, batch: Batch) -> Tensor:
         """The branch [B] that learns from each example."""

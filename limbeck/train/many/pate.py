@@ -1,7 +1,6 @@
 """Teachers that each saw another part of private data vote, with noise, on public examples; only the votes get out."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from limbeck.core.errors import BadInput
 from limbeck.core.group import companions
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
-from limbeck.core.partition import by_client, only
+from limbeck.core.partition import by_client, only, quiet
 from limbeck.core.privacy import Ledger, epsilon
 from limbeck.core.reduce import labelled, mean
 from limbeck.core.views import another
@@ -88,7 +87,7 @@ class PATE:
         if not clock.stage:
             for k in range(self.voters):
                 own = only(batch, (whose == k) & counts)
-                with _quiet(nets.voters[k], own["inputs"]):
+                with quiet(nets.voters[k], own):
                     said = nets.run(f"voters.{k}", own)["logits"]
                 yield f"voters.{k}", {"ce": mean(ce(said, own["labels"]), own.get("mask"))}
             return
@@ -99,7 +98,7 @@ class PATE:
         if not len(slots):  # not even in a place that does not count is anything private read
             inputs = torch.zeros_like(batch["inputs"][:1])
             labels, mask = torch.zeros_like(whose[:1]), torch.zeros_like(counts[:1])
-        with _quiet(nets.student, inputs):
+        with quiet(nets.student, {"inputs": inputs}):
             said = nets.run("student", {"inputs": another(inputs, self.augment)})["logits"]
         yield "student", {"ce": mean(ce(said, labels), mask)}
 
@@ -121,8 +120,3 @@ class PATE:
         return {"labels_voted": float(ledger.asked)} | {
             k: epsilon(v, ledger.orders, self.delta) for k, v in costs.items()
         }
-
-
-def _quiet(network: nn.Module, inputs: Tensor) -> AbstractContextManager[None]:
-    """Eval mode for a single row, which may be another's and not count: the statistics of no layer may learn it."""
-    return evaluating(network) if len(inputs) < 2 else nullcontext()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.group import entropy, form
+from limbeck.core.group import entropy, form, of_one_height
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets
@@ -60,9 +60,10 @@ class BDKD:
         require(self.temperature > 0, "temperature", self.temperature, "> 0")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Build student and partner when they are not given."""
+        """Build student and partner when they are not given, and see that they can be compared."""
         players = form(nets, 2)
         require(len(players) == 2, "peers", len(players), "2 networks, the student and its partner")
+        of_one_height(nets, players, probe)
 
     def balanced(self, student_logits: Tensor, partner_logits: Tensor) -> Tensor:
         """What the student pays for not saying what its partner does: [..., C] x 2 -> [...]."""

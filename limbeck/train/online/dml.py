@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from limbeck.core.card import method, require
-from limbeck.core.group import form, members
+from limbeck.core.group import form, members, of_one_height
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.reduce import Part, labelled, mean
@@ -51,8 +51,8 @@ class DML:
         require(self.peers >= 1, "peers", self.peers, ">= 1")
 
     def setup(self, nets: Nets, probe: Batch) -> None:
-        """Build the peers when they are not given."""
-        form(nets, self.peers)
+        """Build the peers when they are not given, and see that they can be compared."""
+        of_one_height(nets, form(nets, self.peers), probe)
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn for every peer, in order."""

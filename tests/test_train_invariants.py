@@ -350,7 +350,7 @@ def test_peers_that_tell_other_classes_apart_are_refused(name: str):
     other = Mlp(6)
     other.head = nn.Linear(6, CLASSES + 3)
     nets = Nets(peers=nn.ModuleList([Mlp(6), other]))
-    told = f"must tell the same classes apart, got peers.0 {CLASSES}, peers.1 {CLASSES + 3}"
+    told = f"but peers.0 has {CLASSES} classes and peers.1 has {CLASSES + 3} classes"
     with pytest.raises(BadInput, match=told):
         knobs.make(name, {}).setup(nets, next(batches()))
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from limbeck.core.bank import everyone
 from limbeck.core.ensemble import mean_logits
-from limbeck.core.errors import BadInput
-from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.nets import Nets
 
 
 def companions(nets: Nets, count: int) -> nn.ModuleList:
@@ -28,16 +25,6 @@ def form(nets: Nets, count: int) -> list[str]:
 def members(nets: Nets) -> list[str]:
     """The players of the group, in order."""
     return [f"peers.{k}" for k in range(len(nets.peers))]
-
-
-@torch.no_grad()
-def of_one_height(nets: Nets, players: Sequence[str], probe: Batch) -> None:
-    """One sentence where what networks say on one batch cannot be compared class by class."""
-    with evaluating(*map(nets.find, players)):
-        heights = [nets.run(player, probe)["logits"].shape[-1] for player in players]
-    if len(set(heights)) > 1:
-        told = ", ".join(f"{player} {height}" for player, height in zip(players, heights, strict=True))
-        raise BadInput(f"networks that learn from one another must tell the same classes apart, got {told}")
 
 
 def joint(logits: Tensor, temperature: float) -> Tensor:

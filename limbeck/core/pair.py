@@ -1,7 +1,7 @@
 """One learner, its teacher, and what is matched between the two: what schemes with several such pairs share."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from limbeck.core.headloss import route
 from limbeck.core.match import Match, parse
 from limbeck.core.nets import RETOLD, Batch, Nets, evaluating
 from limbeck.core.reduce import Part
-from limbeck.core.vocabularies import of_words, real_words
+from limbeck.core.vocabularies import of_words, real_words, shared_words
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,10 @@ def cut(have: dict[str, Any], words: int) -> dict[str, Any]:
 
 def padded(have: Mapping[str, Any]) -> int:
     """How many real words there are, where heads of one tokenizer are padded to different heights; 0 elsewhere."""
-    student, teacher, words = (have.get(name) for name in ("student_logits", "teacher_logits", "words"))
-    if student is None or teacher is None or words is None or "teacher_inputs" in have:
+    student, teacher = have.get("student_logits"), have.get("teacher_logits")
+    if student is None or teacher is None or "teacher_inputs" in have:
         return 0
-    if student.shape[-1] == teacher.shape[-1] or int(words) > min(student.shape[-1], teacher.shape[-1]):
-        return 0
-    return int(words)
+    return shared_words(student.shape[-1], teacher.shape[-1], have.get("words")) or 0
 
 
 def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:
@@ -175,17 +173,17 @@ def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:
         _agree(match.name, {n.split("_")[0]: c for n, c in asked.items()})
 
 
-def classes(nets: Nets, probe: Batch, who: str) -> int:
-    """How many classes student and teacher know; the method `who` compares them one by one."""
-    with torch.no_grad(), evaluating(nets.student):
-        known = {player: int(nets.run(player, probe)["logits"].shape[-1]) for player in ("student", "teacher")}
+def classes(nets: Nets, probe: Batch, who: str, players: Sequence[str] = ("student", "teacher")) -> int:
+    """How many classes the players know, whom the method `who` compares class by class."""
+    with torch.no_grad(), evaluating(*map(nets.find, players)):
+        known = {player: int(nets.run(player, probe)["logits"].shape[-1]) for player in players}
     _agree(who, known)
-    return known["student"]
+    return known[players[0]]
 
 
 def _agree(who: str, known: Mapping[str, int]) -> None:
     if len(set(known.values())) > 1:
-        counts = " and ".join(f"the {player} has {c} classes" for player, c in known.items())
+        counts = " and ".join(f"{'' if '.' in one else 'the '}{one} has {c} classes" for one, c in known.items())
         raise BadInput(f"`{who}` compares classes one by one, but {counts}")
 
 

@@ -63,6 +63,11 @@ def of_words(logits: Tensor, words: Tensor | None) -> Tensor:
     return logits if words is None else logits[..., : int(words)]
 
 
+def shared_words(mine: int, its: int, words: Tensor | None) -> int | None:
+    """How many words two heads of so many rows share, where one tokenizer is padded to two heights; else None."""
+    return None if words is None or mine == its or int(words) > min(mine, its) else int(words)
+
+
 def _mass_above(logits: Tensor, words: int) -> Tensor:
     z = upcast(logits.detach())
     if words == z.shape[-1]:

@@ -18,6 +18,7 @@ from limbeck.core.maths import label_logprobs
 from limbeck.core.nets import Batch, Nets, evaluating
 from limbeck.core.policy import ONE_TOKENIZER
 from limbeck.core.reduce import Part, mean
+from limbeck.core.vocabularies import shared_words
 
 Voice = Tensor | Head
 TILE = 256  # rows of a teacher's logits that are looked at together
@@ -100,7 +101,7 @@ def compared(
     if not isinstance(student, Head):
         assert not isinstance(teacher, Head)  # only a learner that spares its logits lets others do so
         return plainly(*of_one_height(student, teacher, words))
-    shared = shared_words(student, teacher, words)
+    shared = words_of_both(student, teacher, words)
     said = teacher if isinstance(teacher, Head) else Logits(teacher)
     given = None if labels is None else labels.clamp_min(0)
     values = head_loss(student, said, terms, labels=given, mask=mask, words=shared)
@@ -109,15 +110,15 @@ def compared(
     return torch.stack(parts).sum(0)
 
 
-def shared_words(student: Voice, teacher: Voice, words: Tensor | None) -> int | None:
-    """How many words both share, where heads of one tokenizer are padded to different heights; else None."""
+def words_of_both(student: Voice, teacher: Voice, words: Tensor | None) -> int | None:
+    """How many words both share, as `shared_words` has it."""
     mine, its = (len(v.weight) if isinstance(v, Head) else v.shape[-1] for v in (student, teacher))
-    return None if words is None or mine == its or int(words) > min(mine, its) else int(words)
+    return shared_words(mine, its, words)
 
 
 def of_one_height(student: Tensor, teacher: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [..., V] and [..., W] of the words that both share, as `shared_words` has it."""
-    shared = shared_words(student, teacher, words)
+    """Logits [..., V] and [..., W] of the words that both share."""
+    shared = words_of_both(student, teacher, words)
     return student[..., :shared], teacher[..., :shared]
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from limbeck.core.card import method, require
-from limbeck.core.group import entropy, form, of_one_height
+from limbeck.core.group import entropy, form
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.maths import upcast
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.pair import classes
 from limbeck.core.reduce import Part, labelled, mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -63,7 +64,7 @@ class BDKD:
         """Build student and partner when they are not given, and see that they can be compared."""
         players = form(nets, 2)
         require(len(players) == 2, "peers", len(players), "2 networks, the student and its partner")
-        of_one_height(nets, players, probe)
+        classes(nets, probe, "bd_kd", players)
 
     def balanced(self, student_logits: Tensor, partner_logits: Tensor) -> Tensor:
         """What the student pays for not saying what its partner does: [..., C] x 2 -> [...]."""

@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 
 from limbeck.core.card import method, require
-from limbeck.core.group import form, members, of_one_height
+from limbeck.core.group import form, members
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.pair import classes
 from limbeck.core.reduce import Part, labelled, mean
 from limbeck.losses.logits.ce import ce
 from limbeck.losses.logits.kd import kd
@@ -52,7 +53,7 @@ class DML:
 
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Build the peers when they are not given, and see that they can be compared."""
-        of_one_height(nets, form(nets, self.peers), probe)
+        classes(nets, probe, "dml", form(nets, self.peers))
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """A turn for every peer, in order."""

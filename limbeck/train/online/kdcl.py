@@ -10,9 +10,10 @@ from torch import Tensor
 from limbeck.core.card import method, require
 from limbeck.core.consensus import TARGETS, Errors, mixed
 from limbeck.core.errors import BadInput
-from limbeck.core.group import form, members, of_one_height
+from limbeck.core.group import form, members
 from limbeck.core.loop import Clock, Turn
 from limbeck.core.nets import Batch, Nets
+from limbeck.core.pair import classes
 from limbeck.core.partition import by_client
 from limbeck.core.reduce import UNLABELLED, Part, labelled, mean
 from limbeck.core.views import another
@@ -66,7 +67,7 @@ class KDCL:
     def setup(self, nets: Nets, probe: Batch) -> None:
         """Build the peers when they are not given, and what is remembered of their errors."""
         players = form(nets, self.peers)
-        of_one_height(nets, players, probe)
+        classes(nets, probe, "kdcl", players)
         if self.target == "general":
             if "index" not in probe:
                 raise BadInput("kdcl with `target: general` needs `index` in a batch, to know what is held out")

@@ -15,7 +15,7 @@ from limbeck.core.maths import log_probs
 from limbeck.core.nets import Batch, Nets
 from limbeck.core.policy import SHARES, completions, either, rollout, share
 from limbeck.core.reduce import mean
-from limbeck.core.voices import Voice, compared, hear, likeliest, shared_words, spare
+from limbeck.core.voices import Voice, compared, hear, likeliest, spare, words_of_both
 
 
 @method(
@@ -69,7 +69,7 @@ class ImitKD:
         term = Term(divergences.cross_entropy)
         if not self.candidates or not isinstance(student, Head):
             return compared(student, teacher, self.loss, [term], mask, words)
-        shared = shared_words(student, teacher, words)
+        shared = words_of_both(student, teacher, words)
         best = likeliest(teacher, self.candidates, mask, shared)
         oracle = Sparse(best.ids, log_probs(best.logits), "none")
         (found,) = head_loss(student, oracle, [term], mask=mask, words=shared)

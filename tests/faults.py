@@ -212,7 +212,9 @@ def _faults() -> Iterator[Fault]:
     yield _fault("numpy's random state not restored", loop, "np.random.set_state(", "id(", LOOP)
     yield _fault("place in the data not restored", loop, "self.pools[name].load_state_dict(position)", "pass", LOOP)
     yield _fault("place in plain data not restored", loop, 'range(state["drawn"].get(name, 0))', "range(0)", LOOP)
-    yield _fault("average not restored", loop, "self.emas[player].shadow = shadow", "pass", LOOP)
+    yield _fault(
+        "average not restored", loop, "self.emas[player].load(shard.share(shadow, nets.find(player)))", "pass", LOOP
+    )
     yield _fault("best weights not restored", loop, 'self.best = state["best"]', "pass", LOOP)
     yield _fault("interrupted stage skipped", loop, 'index < state["stage"]', 'index <= state["stage"]', "ban", "takd")
     yield _fault("earlier stages run again", loop, 'index < state["stage"]', "False", "ban", "takd")

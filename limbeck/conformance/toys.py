@@ -234,7 +234,7 @@ def datafree(w: World) -> Scene:
     """A teacher, a student, and a generator of pictures from codes; the data only say how many."""
     latent = getattr(w.method, "latent", 8)
     made = _seeing(w, teacher=seeing_teacher(w.norm), student=Eye(4, w.norm, seed=1), generator=_generator(latent))
-    made.plan = replace(made.plan, steps=80)
+    made.plan = replace(made.plan, steps=240)
     return made
 
 

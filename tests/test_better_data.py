@@ -514,7 +514,7 @@ def test_rad_refuses_a_teacher_of_other_classes() -> None:
     pixels = pictures(3)["inputs"][0].numel()
     made = Nets(teacher=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels, 7)), student=Eye(4))
     made.factories["student"] = lambda: Eye(4)
-    with pytest.raises(BadInput, match=f"a teacher of the student's {CLASSES} classes, got 7"):
+    with pytest.raises(BadInput, match=f"the student has {CLASSES} classes and the teacher has 7 classes"):
         fit(find.get("rad_active")(rounds=1), made, Batches(few_labels(), 24, seed=3), Plan(2))
 
 

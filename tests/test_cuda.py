@@ -71,4 +71,4 @@ def test_a_method_does_its_work_there(name: str, gpu: None) -> None:
 
 def test_the_loop_goes_on_from_a_checkpoint(gpu: None) -> None:
     (outcome,) = conformance.self_test(only="resume with everything")
-    assert outcome.passed or "differ" in outcome.message, outcome.message
+    assert outcome.passed, outcome.message

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_signals import Tiny, content, texts
 
-from limbeck.adapters.remote import Cost, Remote
+from limbeck.adapters.remote import Cost, Remote, until_failure
 from limbeck.core.errors import BadInput, LimbeckError
 from limbeck.core.signals.keys import Document
 from limbeck.core.signals.reading import SignalStore
@@ -225,3 +225,20 @@ def test_what_cannot_work_is_said_at_once(tmp_path: Path, server: Server, monkey
     server.style, server.seen = "vllm", []
     capture(remote(server, key_env="TINY_KEY"), documents(), tmp_path / "s", kind=KIND)
     assert {(r["key"], r["path"], r["model"]) for r in server.seen} == {("Bearer abc", "/v1/completions", "tiny")}
+
+
+def test_what_comes_after_a_failure_in_the_queue_is_not_begun():
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 2:
+            raise OSError("no answer")
+        return item
+
+    careful = until_failure(work)
+    assert [careful(0), careful(1)] == [0, 1]
+    for item in (2, 3, 4):
+        with pytest.raises(OSError, match="no answer"):
+            careful(item)
+    assert begun == [0, 1, 2]

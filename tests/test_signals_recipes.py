@@ -365,6 +365,6 @@ def test_a_server_that_fails_midway_is_asked_for_the_rest_only(server: Server) -
     assert called.code != 0 and "run it again to go on" in called.err, called
     first = len(server.seen)
     said = label("again", teacher=teacher, store={"folder": "stopped"})
-    assert 20 <= first <= 24 and len(server.seen) - first == 51 - 16, "whole groups of 8 were kept"
+    assert first in (20, 21) and len(server.seen) - first == 51 - 16, "whole groups of 8 were kept"
     assert f"{first + 51 - 16} requests" in said
     assert content(Path("stopped")) == content(Path("whole"))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ __all__ = ["Cost", "Remote"]
 Way = Literal["prompt_logprobs", "echo", "steps"]
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # answers that another try may mend
 Place = dict[int, float]  # token id -> log-probability
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 @dataclass
@@ -143,10 +145,10 @@ class Remote:
         try:
             if self.way == "steps":
                 places = [(d, int(t)) for d in documents for t in d.asked]
-                said = iter(list(pool.map(lambda at: self._next(at[0], at[1], kind.k), places)))
+                said = iter(list(pool.map(until_failure(lambda at: self._next(at[0], at[1], kind.k)), places)))
                 answers = [[next(said) for _ in d.asked] for d in documents]
             else:
-                answers = list(pool.map(lambda d: self._prompt(d, kind.k), documents))
+                answers = list(pool.map(until_failure(lambda d: self._prompt(d, kind.k)), documents))
         finally:
             pool.shutdown(cancel_futures=True)
             self._save_cost()
@@ -292,6 +294,22 @@ class _Limit:
             self.free_at = turn + units / self.rate
         if turn > now:
             time.sleep(turn - now)
+
+
+def until_failure(work: Callable[[A], R]) -> Callable[[A], R]:
+    """`work` for several threads: once it has failed, what is still in the queue is not begun, and fails alike."""
+    failed: list[Exception] = []
+
+    def once(item: A) -> R:
+        if failed:
+            raise failed[0]
+        try:
+            return work(item)
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    return once
 
 
 def _entries(places: Iterable[Place], kind: TopK) -> Entries:

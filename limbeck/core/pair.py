@@ -170,18 +170,19 @@ def same_classes(match: Match, shapes: Mapping[str, Any]) -> None:
     """Refuse a loss that compares class by class where student and teacher know different numbers of classes."""
     asked = {n: shapes[n][-1] for n in match.needs if n.endswith("_logits") and n in shapes}
     if "vocab" not in "".join(asked):
-        _agree(match.name, {n.split("_")[0]: c for n, c in asked.items()})
+        agree(match.name, {n.split("_")[0]: c for n, c in asked.items()})
 
 
 def classes(nets: Nets, probe: Batch, who: str, players: Sequence[str] = ("student", "teacher")) -> int:
     """How many classes the players know, whom the method `who` compares class by class."""
     with torch.no_grad(), evaluating(*map(nets.find, players)):
         known = {player: int(nets.run(player, probe)["logits"].shape[-1]) for player in players}
-    _agree(who, known)
+    agree(who, known)
     return known[players[0]]
 
 
-def _agree(who: str, known: Mapping[str, int]) -> None:
+def agree(who: str, known: Mapping[str, int]) -> None:
+    """Refuse players who know different numbers of classes, for `who` compares them class by class."""
     if len(set(known.values())) > 1:
         counts = " and ".join(f"{'' if '.' in one else 'the '}{one} has {c} classes" for one, c in known.items())
         raise BadInput(f"`{who}` compares classes one by one, but {counts}")

@@ -13,6 +13,7 @@ from limbeck.core.card import method, require
 from limbeck.core.errors import BadInput
 from limbeck.core.loop import Clock, Stage, Turn
 from limbeck.core.nets import Batch, Nets, evaluating
+from limbeck.core.pair import agree
 from limbeck.core.reduce import mean
 from limbeck.losses.logits.kd import kd
 
@@ -91,10 +92,7 @@ class RADActive:
         pool.labels[slots] = labels[wanted].clamp_min(-1)
         if (asked := new & (labels[wanted] < 0)).any():
             said = nets.run("teacher", {"inputs": batch["inputs"][wanted][asked]})["logits"]
-            if said.shape[-1] != pool.told.shape[-1]:
-                raise BadInput(
-                    f"`rad_active` needs a teacher of the student's {pool.told.shape[-1]} classes, got {said.shape[-1]}"
-                )
+            agree("rad_active", {"student": pool.told.shape[-1], "teacher": said.shape[-1]})
             pool.told[slots[asked]] = said.to(pool.told)
             pool.asked += len(said)
 

@@ -27,7 +27,7 @@ from limbeck.verbs import build, label, teach
 from limbeck.verbs.check import VERBS, check_names, untouched
 from limbeck.verbs.result import Result
 from limbeck.verbs.setting import Event, Outcome, Setting, record
-from limbeck.verbs.together import first, leads
+from limbeck.verbs.together import first, leads, processes
 
 REPORTED = ("torch", "numpy", "accelerate", "safetensors", "limbeck")
 EVERYWHERE = ("core", "zoo", "verbs", "adapters", "measure")  # folders of code that decide every figure
@@ -221,7 +221,7 @@ def summary(
         "commit": commit(),
         "recipe_hash": recipe.digest,
         "seconds": round(seconds, 2),
-        "device": str(torch.get_default_device()),
+        "device": processes().device.type,
         "methods": names,
         "citations": [{"paper": c.paper, "arxiv": c.arxiv} for c in (find.get(n).card for n in names)],
     }

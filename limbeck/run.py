@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +68,8 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
     began = time.monotonic()
     record(recipe, folder, setting.objects)
     arms: dict[str, list[Outcome]] = {arm: [] for arm in verb.arms(recipe)}
+    places = [place_of(folder, arm, seed) for seed in recipe.seeds for arm in arms] if setting.resume else []
+    before = sum(done.spent for done in map(Outcome.load, places) if done)
     artefact: Any = None
     for seed in recipe.seeds:
         for arm in arms:
@@ -76,7 +78,7 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
                 known = made is None and hasattr(verb, "artefact")
                 artefact = verb.artefact(setting, place_of(folder, arm, seed)) if known else made
             arms[arm].append(outcome)
-    gain, result = summary(recipe, arms, time.monotonic() - began)
+    gain, result = summary(recipe, arms, before + time.monotonic() - began)
     first(lambda: _report(setting, result))
     control = mean_metrics(arms.get("control", []))
     return Result(artefact, mean_metrics(arms["student"]), control, gain, result["verdict"], folder, arms)
@@ -110,11 +112,14 @@ def one_arm(setting: Setting, verb: ModuleType, arm: str, seed: int, shared: Pat
         return known, None
     known = Outcome.load(place) if place is not None else None
     if known is not None:
+        known = replace(known, spent=0.0)
         known.save(where)
         return known, None
+    began = time.monotonic()
     if setting.on_event is not None:
         setting.on_event({"arm": arm, "seed": seed, "label": verb.label(setting.recipe, arm)})
     outcome, made = verb.run(setting, arm, seed, where)
+    outcome.spent = max(time.monotonic() - began, outcome.seconds)  # of an arm gone on with, training began before
     for folder in (where, place):
         if folder is not None:
             outcome.save(folder)

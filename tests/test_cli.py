@@ -278,8 +278,12 @@ def test_resume_does_not_repeat_what_is_done(tmp_path: Path, monkeypatch: pytest
         assert limbeck("run", path, "--out", "there").code == 130
     done = Path("there/seed-0/weights.safetensors").stat().st_mtime_ns
     assert not Path("there/seed-0/control/outcome.json").exists()
+    outcome = json.loads(Path("there/seed-0/outcome.json").read_text())
+    assert outcome["spent"] >= outcome["seconds"] > 0
+    Path("there/seed-0/outcome.json").write_text(json.dumps({**outcome, "spent": 1000.0}))
     assert limbeck("run", "--resume", "there").code == 0
     assert Path("there/seed-0/weights.safetensors").stat().st_mtime_ns == done
+    assert json.loads(Path("there/result.json").read_text())["seconds"] > 1000  # of the run, not of its last process
 
 
 def test_a_student_that_is_trained_first_is_where_every_arm_starts(tmp_path: Path) -> None:

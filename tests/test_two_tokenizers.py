@@ -475,6 +475,15 @@ def test_xtoken_of_one_tokenizer_is_forward_kl() -> None:
     assert torch.allclose(xtoken(student, teacher, ONE, ONE, every, ones, top=4), cut, atol=1e-7)
 
 
+def test_words_at_masked_places_crowd_out_none_of_xtokens() -> None:
+    student, teacher = _logits(B, T, V, seed=5), _logits(B, T, V)
+    every, ones = torch.arange(V).repeat(2, 1).T, torch.ones(V, dtype=torch.float64)
+    padding = 9 + _logits(B, 2, V)
+    spans, mask = torch.cat([ONE, torch.full((B, 2), -1)], 1), torch.arange(T + 2).expand(B, -1) < T
+    padded = xtoken(student, torch.cat([teacher, padding], 1), ONE, spans, every, ones, None, mask, top=4)
+    assert torch.equal(padded, xtoken(student, teacher, ONE, ONE, every, ones, top=4))
+
+
 def test_dskd_stops_where_it_says() -> None:
     torch.manual_seed(0)
     loss = DSKD((B, T, 4), (B, T + 1, 6))

@@ -58,8 +58,9 @@ Event = Callable[[dict[str, Any]], None]
 class Outcome:
     """What one arm gave under one seed.
 
-    latency_ms: median of one forward pass on one example. sizes: further figures, such as the number of images, or
-    what a training method tells by `figures`.
+    latency_ms: median of one forward pass on one example. seconds: of training. spent: in this run on all of it, 0 for
+    what another run has done. sizes: further figures, such as the number of images, or what a training method tells by
+    `figures`.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Outcome:
     bytes: int = 0
     latency_ms: float = 0.0
     seconds: float = 0.0
+    spent: float = 0.0
     sizes: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:

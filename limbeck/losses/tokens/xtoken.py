@@ -5,7 +5,7 @@ from torch import Tensor
 
 from limbeck.core.card import method, require
 from limbeck.core.maths import upcast
-from limbeck.core.spans import counted, spread, sums
+from limbeck.core.spans import counted, on_places, spread, sums
 
 EPSILON = 1e-10  # added to projected probabilities by the authors' code, before and in the logarithm
 
@@ -35,7 +35,7 @@ def xtoken(
 
     s = mean over the stretch's places of softmax(student / T) M, brought to sum 1 over the k words; log t = mean over
     its places of the teacher's log-softmax over them, not normalised again, so that it can be below 0. The k words are
-    those of the largest logit anywhere in the batch; M [V, W] is the sparse matrix of `projection`. A stretch's value
+    those of the largest logit at a place that counts; M [V, W] is the sparse matrix of `projection`. A stretch's value
     is given to its places in equal parts: the mean over places is the mean over stretches times (stretches / places).
 
     top: k >= 1, cut to the teacher's vocabulary.
@@ -51,7 +51,8 @@ def xtoken(
     p = (upcast(student_vocab_logits) / temperature).softmax(-1)
     t = upcast(teacher_vocab_logits.detach()) / temperature
     stretches, width = student_spans.shape[1], t.shape[-1]
-    theirs = t.flatten(0, -2).amax(0).topk(min(top, width)).indices.sort().values
+    seen = t.masked_fill(~on_places(teacher_mask, teacher_spans).unsqueeze(-1), -torch.inf)
+    theirs = seen.flatten(0, -2).amax(0).topk(min(top, width)).indices.sort().values
     place = theirs.new_full((width,), -1).scatter(0, theirs, torch.arange(len(theirs), device=theirs.device))
     q = t[..., theirs].log_softmax(-1)
     s = sums(_projected(p, projection, projection_weights, place, len(theirs)), student_spans, stretches)

@@ -52,6 +52,8 @@ class Source:
     known: classes of the task by name or number; training examples of others stay, unlabelled (label -100).
     labelled: so many training examples of each class (with scores: of all) keep their label, others are unlabelled.
     label_noise: this share of the training labels is wrong: another class, at random; from 0 to 1.
+    withheld: the training examples are not to be seen, or are not there: blank ones without labels take their place, as
+    many as there were, or `limit`, or 1024, for methods that make their own. A teacher that is trained first sees them.
     mosaic: so many pictures a side are put together in one, whose labels are 0 or 1 for every class.
     degrade: makes pairs of pictures: inputs are the pictures by `blur`, `downsample`, `noise`, `grey` or `edges`, or by
     one with its number, such as {blur: 1.5}; labels are the pictures themselves.
@@ -87,6 +89,7 @@ class Source:
     known: tuple[int | str, ...] = ()
     labelled: Count | None = None
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    withheld: bool = False
     mosaic: Count = 1
     degrade: str | dict[str, float] | None = None
     perturb: bool | tasks.Perturb = False
@@ -139,6 +142,8 @@ def load(
     source = _source(spec)
     raws, source = _together(source) if source.domains else _checked(source)
     kind = next(iter(raws.values())).kind
+    if source.withheld and kind not in ("images", "vectors"):
+        raise BadInput(f"`withheld` is of pictures and vectors; {source.name} is {kind}")
     if source.masked and (kind != "language" or teacher_tokenizer is not None or source.domains):
         raise BadInput("`masked` is of texts of one source, `kind: language`, with one tokenizer for both networks")
     if source.retold and (kind != "language" or source.masked):
@@ -172,6 +177,8 @@ def load(
         splits = Splits(*(tasks.degraded(table, source.degrade, (source.seed, i)) for i, table in enumerate(splits)))
     if kind in ("images", "vectors"):
         splits = Splits(*(_scaled(table, mean, std) for table in splits))
+    if source.withheld:
+        splits = splits._replace(train=tasks.withheld(splits.train, source.limit))
     splits.train.check()
     if source.retold:
         splits = pairing.retell_several(splits, [_retold(told, source) for told in source.retold], note)
@@ -237,7 +244,7 @@ def _together(source: Source) -> tuple[dict[str, Raw], Source]:
 
 def _parts(raws: dict[str, Raw], source: Source) -> dict[str, Raw]:
     """Raw examples as train, validation and test."""
-    plan, fractions = _cut(raws, source.split)
+    plan, fractions = _cut(raws, source)
     if next(iter(raws.values())).kind == "language":
         return {part: Raw("language", [text]) for part, text in zip(PARTS, _texts(raws, source), strict=True)}
     if plan == "own":
@@ -305,10 +312,12 @@ def _hub_parts(source: Source, *, streaming: bool) -> dict[str, Any]:
 # examples -> tables
 
 
-def _cut(raws: dict[str, Raw], fractions: Sequence[float]) -> tuple[str, dict[str, float]]:
+def _cut(raws: dict[str, Raw], source: Source) -> tuple[str, dict[str, float]]:
     """How a source's own splits become ours: a plan's name, and the parts to cut from the training examples."""
-    train, validation, test = fractions
+    train, validation, test = source.split
     if "train" not in raws:
+        if source.withheld and "all" not in raws and validation + test:  # all there is is for judging
+            train, validation, test = 0.0, validation / (validation + test), test / (validation + test)
         return "all", {"train": train, "validation": validation, "test": test}
     if "test" not in raws and "validation" not in raws:
         return "train", {"train": train, "validation": validation, "test": test}
@@ -349,7 +358,7 @@ def _columns(raw: Raw, kind: str, source: Source, part: str) -> dict[str, Tensor
 
 
 def _arrange(tables: dict[str, Table], raws: dict[str, Raw], source: Source) -> Splits:
-    plan, parts = _cut(raws, source.split)
+    plan, parts = _cut(raws, source)
     if plan == "own":
         return Splits(tables["train"], tables["validation"], tables["test"])
     whole = _concat(list(tables.values())) if plan == "all" else tables["train"]
@@ -504,6 +513,11 @@ def _scale(x: Tensor, source: Source) -> tuple[tuple[float, ...], tuple[float, .
     if not source.normalise:
         return (), ()
     if not mean and not std:
+        if not len(x):
+            raise BadInput(
+                f"{source.name} has no training part that tells how inputs are scaled: give `mean` and `std`, those of "
+                "the teacher's own data, or `normalise: false`"
+            )
         channels = x.transpose(0, 1).flatten(1)
         if x.dtype == torch.uint8:  # counting the 256 levels is exact and costs no copy as floats
             levels = torch.linspace(0, 1, 256, dtype=torch.float64)
@@ -576,7 +590,7 @@ def _language(
 def _texts(raws: dict[str, Raw], source: Source) -> list[str]:
     """The training, validation and test text."""
     joined = {part: "\n".join(map(str, raw.inputs)) for part, raw in raws.items()}
-    plan, parts = _cut(raws, source.split)
+    plan, parts = _cut(raws, source)
     if plan == "own":
         return [joined[part] for part in PARTS]
     whole = "\n".join(joined.values()) if plan == "all" else joined["train"]

@@ -230,6 +230,12 @@ def labelled(table: Table, count: int, seed: int) -> Table:
     return replace(table, columns={**table.columns, "labels": kept})
 
 
+def withheld(table: Table, count: int | None) -> Table:
+    """Blank examples in the place of the table's, without labels: as many, or if there are none `count`, or 1024."""
+    blank = torch.zeros(1, *table["inputs"].shape[1:]).expand(len(table) or count or 1024, *table["inputs"].shape[1:])
+    return replace(table, columns={"inputs": blank}, rows=None)
+
+
 def mislabelled(table: Table, share: float, seed: int) -> Table:
     """The table where this share of the labelled examples has another class, each of the others as likely."""
     labels = _classes(table, "label_noise")

@@ -4,6 +4,7 @@ import math
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,20 @@ def check_optimizers(name: str) -> None:
     for player, spec in method.optimizers().items():
         optim.check(spec)
         expect(player in players | roots(players), f"the method names an optimiser for {player!r}, who has no turn")
+
+
+@concerns(lambda method: getattr(method, "dataless", False))
+def check_without_data(name: str) -> None:
+    """The run is the same, bit for bit, on batches that hold no pictures, but only how many there are to make."""
+    usual, blind = scene(name, steps=STEPS), scene(name, steps=STEPS)
+    blind.data = [
+        {k: torch.full_like(v, torch.nan) if k == "inputs" else v for k, v in batch.items() if k in ("index", "inputs")}
+        for batch in islice(blind.data, STEPS)
+    ]
+    usual.data = list(islice(usual.data, STEPS))
+    runs = play(usual), play(blind)
+    differs = same_state(state_of(runs[0].nets), state_of(runs[1].nets))
+    expect(not differs, f"the method is `dataless`, and yet what is in its batches changes {differs!r}")
 
 
 def check_same_seed(name: str) -> None:

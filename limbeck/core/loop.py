@@ -75,7 +75,8 @@ class Stage(NamedTuple):
 class Method(Protocol):
     """What the loop asks of a training method. Optional besides `step`: setup(nets, probe), stages(nets, steps),
     after(nets, player, clock), optimizers() with the paper's default optimiser of each player, and figures(nets): what
-    a run has cost or counted, by name, such as {"labels_bought": 40.0}, read from buffers of `nets`, for the report."""
+    a run has cost or counted, by name, such as {"labels_bought": 40.0}, read from buffers of `nets`, for the report.
+    `dataless = True` promises that of a batch only its size and shapes are read: pictures are made, not looked at."""
 
     def step(self, nets: Nets, batch: Batch, clock: Clock) -> Iterator[Turn]:
         """Yield (player, loss or parts) for each turn on one batch."""

@@ -155,7 +155,8 @@ def _own_data(recipe: Recipe, spec: Net) -> dict[str, Any]:
     """What a network is trained on first: the recipe's data with the changes that it asks for, in its own tokens."""
     if recipe.data is None:
         return dict(spec.data)
-    data, usual = merge(recipe.data.model_dump(exclude_unset=True), spec.data), data_of(recipe).get("tokenizer")
+    shared = {k: v for k, v in recipe.data.model_dump(exclude_unset=True).items() if k != "withheld"}
+    data, usual = merge(shared, spec.data), data_of(recipe).get("tokenizer")
     tokenizer = spec.tokenizer or data.get("tokenizer") or usual
     return data if tokenizer is None else {**data, "tokenizer": tokenizer}
 
@@ -344,8 +345,8 @@ def _train_first(made: Setting, module: nn.Module, spec: Net, role: str) -> Path
     if first((place / "weights.safetensors").exists):
         load_weights(module, str(place / "weights.safetensors"), ())
         return place
-    splits = made.splits
-    if spec.data or spec.tokenizer is not None:
+    splits, withheld = made.splits, recipe.data is not None and recipe.data.options.get("withheld")
+    if spec.data or spec.tokenizer is not None or withheld:
         splits = load_data({k: v for k, v in data.items() if k not in AFTER})
     if made.on_event is not None:
         made.on_event({"arm": role, "seed": 0, "label": f"training the {role} {spec.net}"})

@@ -65,10 +65,11 @@ def untouched(folder: Path) -> Iterator[None]:
 
 
 # ---- names, knobs and what belongs together: needs neither data nor networks -----------------------------------------
-def check_names(recipe: Recipe, given: Collection[str] = ()) -> None:
+def check_names(recipe: Recipe, given: Collection[str] = (), *, arm: bool = False) -> None:
     """Raise BadInput for a method, loss, measure, network, optimiser, schedule, option or knob that does not exist.
 
-    given: roles whose networks come as objects, so that what the recipe says of them is only a note.
+    given: roles whose networks come as objects, so that what the recipe says of them is only a note. arm: whether it is
+    one arm of a recipe, which has been looked at as a whole.
     """
     for stage in recipe.stages:
         check_names(stage)
@@ -88,6 +89,8 @@ def check_names(recipe: Recipe, given: Collection[str] = ()) -> None:
     _data(recipe)
     _control(recipe)
     _beside(recipe)
+    if not arm:
+        _withheld(recipe)
     if recipe.expect is not None and recipe.do in VERBS:
         arms = VERBS[recipe.do].arms(recipe)
         if recipe.expect.beats not in arms:
@@ -229,7 +232,7 @@ def _control(recipe: Recipe) -> None:
     if recipe.do in ("teach", "shape"):
         _shared(recipe, "control", changes=recipe.control)
         try:
-            check_names(VERBS[recipe.do].control_recipe(recipe.unplaced()))
+            check_names(VERBS[recipe.do].control_recipe(recipe.unplaced()), arm=True)
         except BadInput as error:
             raise BadInput(f"{recipe.at('control')}{str(error).removeprefix('recipe: ')}") from error
         return
@@ -249,9 +252,25 @@ def _beside(recipe: Recipe) -> None:
             raise BadInput(f"{recipe.at('beside', arm)}there is an arm {arm!r} already")
         _shared(recipe, "beside", arm, changes=recipe.beside[arm])
         try:
-            check_names(VERBS[recipe.do].arm_recipe(recipe.unplaced(), arm))
+            check_names(VERBS[recipe.do].arm_recipe(recipe.unplaced(), arm), arm=True)
         except BadInput as error:
             raise BadInput(f"{recipe.at('beside', arm)}{str(error).removeprefix('recipe: ')}") from error
+
+
+def _withheld(recipe: Recipe) -> None:
+    """Where training data is withheld, no arm may learn from the blanks that take its place."""
+    if recipe.data is None or not recipe.data.options.get("withheld"):
+        return
+    if recipe.do != "teach":
+        raise BadInput(f"{recipe.at('data', 'withheld')}only teach does without training data, this is {recipe.do}")
+    for arm in (a for a in teach.arms(recipe) if a != "teacher"):
+        told = teach.arm_recipe(recipe, arm)
+        if not getattr(method_of(told), "dataless", False):
+            how = knobs.split(told.method)[0] if told.method else "losses on training data"
+            raise BadInput(
+                f"{recipe.at('data', 'withheld')}the {arm} learns by {how}, and training data is withheld: it takes a "
+                "method that makes its own, such as dafl"
+            )
 
 
 # ---- the rehearsal: networks and losses meet one batch ---------------------------------------------------------------

@@ -77,6 +77,11 @@ class ABD:
         return knobs.make(*knobs.split(self.host, "host"))
 
     @property
+    def dataless(self) -> bool:
+        """As the host is."""
+        return bool(getattr(self.made, "dataless", False))
+
+    @property
     def latent(self) -> int:
         """Numbers in a code of the host's generator."""
         return int(getattr(self.made, "latent", 1))

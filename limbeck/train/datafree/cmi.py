@@ -47,9 +47,8 @@ class CMI:
     statistics, label, adversarial, contrast: weights >= 0. Without the last two it is `deepinversion` by a generator.
     contrast_temperature: > 0. width: numbers that the head makes, >= 1.
     negatives: pictures remembered that the new ones are told from, >= 0. bank: how many are remembered, >= 1.
-    every, iterations: see above, >= 1. memory: pictures kept, >= 1.
-    flip: whether views are mirrored half of the time; not for digits.
-    temperature: T > 0 of the student's loss. latent: numbers in a code, which the generator reads, >= 1.
+    every, iterations: see above, >= 1. memory: pictures kept, >= 1. flip: whether half of the views are mirrored; not
+    for digits. temperature: T > 0 of the student's loss. latent: numbers in a code, which the generator reads, >= 1.
 
     *Needs*: nets.teacher with batch norm, nets.student, nets.generator that can be made anew. The batch tells only how
     many pictures to make. *Relates to*: `fast_datafree` needs a few turns where this takes hundreds.
@@ -69,6 +68,7 @@ class CMI:
     flip: bool = True
     temperature: float = 20.0
     latent: int = 256
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("statistics", "label", "adversarial", "contrast", "negatives"):

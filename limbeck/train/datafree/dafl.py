@@ -47,6 +47,7 @@ class DAFL:
     entropy: float = 5.0
     temperature: float = 1.0
     latent: int = 100
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("onehot", "activation", "entropy"):

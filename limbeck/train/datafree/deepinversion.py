@@ -62,6 +62,7 @@ class DeepInversion:
     jitter: int = 2
     flip: bool = False
     temperature: float = 20.0
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("statistics", "variation", "length", "competition", "first_factor", "jitter"):

@@ -48,6 +48,7 @@ class DFAD:
     logarithm: bool = False
     student_steps: int = 5
     latent: int = 256
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("student_steps", "latent"):

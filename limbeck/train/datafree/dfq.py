@@ -52,6 +52,7 @@ class DFQ:
     student_steps: int = 10
     temperature: float = 1.0
     latent: int = 256
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("adversarial", "statistics", "certainty", "balance", "warmup"):

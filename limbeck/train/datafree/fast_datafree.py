@@ -62,6 +62,7 @@ class FastDataFree:
     flip: bool = True
     temperature: float = 20.0
     latent: int = 256
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("statistics", "label", "adversarial", "warmup"):

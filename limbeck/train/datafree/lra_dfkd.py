@@ -63,6 +63,7 @@ class LRADFKD:
     memory: int = 640
     student_steps: int = 10
     latent: int = 1000
+    dataless = True
 
     def __post_init__(self) -> None:
         for name in ("onehot", "entropy", "activation", "disagreement", "retention", "rate"):

@@ -46,6 +46,7 @@ class ZSKT:
     generator_steps: int = 1
     student_steps: int = 10
     latent: int = 100
+    dataless = True
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "> 0")

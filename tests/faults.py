@@ -127,9 +127,13 @@ def _faults() -> Iterator[Fault]:
     )
     softmax = "torch.log_softmax(upcast(logits) / temperature, -1)"
     yield _fault("softmax over the batch", maths, softmax, softmax.replace("-1", "0"), "kd")
-    yield _fault(
-        "log of a softmax that underflows", maths, softmax, f"{softmax.replace('log_softmax', 'softmax')}.log()", "kd"
-    )
+    underflows = f"{softmax.replace('log_softmax', 'softmax')}.log()"
+    yield _fault("log of a softmax that underflows", maths, softmax, underflows, "tests/core/test_maths.py")
+    seen, all_seen = "on_places(teacher_mask, teacher_spans)", "on_places(None, teacher_spans)"
+    yield _fault("padding chooses words", "losses/tokens/xtoken.py", seen, all_seen, "tests/test_two_tokenizers.py")
+    codes = 'codes = torch.randn(len(batch["index"]), self.latent, device=nets.device)'
+    looks = f'{codes} + batch["inputs"].mean()'
+    yield _fault("a method without data looks at it", "train/datafree/zskt.py", codes, looks)
     masked = "torch.where(mask, values, torch.zeros_like(values)).sum()"
     yield _fault("mask ignored", reduce, masked, "values.sum()", LOOP)
     yield _fault("mask multiplied, nan spreads", reduce, masked, "(values * mask).sum()", LOOP)

@@ -75,6 +75,7 @@ def test_the_run_is_the_same_bit_for_bit_and_the_teacher_alone_sees_the_pictures
         ({"method": None, "nets": {}, "match": ["kd"]}, "the student learns by losses on training data"),
         ({"beside": {"kd": {"match": ["kd"]}}}, "the kd learns by losses on training data"),
         ({"method": {"mekd": {"latent": 8}}}, "the student learns by mekd"),
+        ({"student": {**RECIPE["student"], "train": {"steps": 1}}}, "the student cannot learn from it first"),
         ({"do": "train", "teacher": None, "control": {}}, "only teach does without training data, this is train"),
         ({"data": {"name": "shakespeare_small", "withheld": True}}, "`withheld` is of pictures and vectors"),
     ],

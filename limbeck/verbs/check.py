@@ -263,6 +263,10 @@ def _withheld(recipe: Recipe) -> None:
         return
     if recipe.do != "teach":
         raise BadInput(f"{recipe.at('data', 'withheld')}only teach does without training data, this is {recipe.do}")
+    if recipe.student is not None and recipe.student.train is not None:
+        raise BadInput(
+            f"{recipe.at('student', 'train')}training data is withheld: the student cannot learn from it first"
+        )
     for arm in (a for a in teach.arms(recipe) if a != "teacher"):
         told = teach.arm_recipe(recipe, arm)
         if not getattr(method_of(told), "dataless", False):

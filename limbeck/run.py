@@ -68,8 +68,6 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
     began = time.monotonic()
     record(recipe, folder, setting.objects)
     arms: dict[str, list[Outcome]] = {arm: [] for arm in verb.arms(recipe)}
-    places = [place_of(folder, arm, seed) for seed in recipe.seeds for arm in arms] if setting.resume else []
-    before = sum(done.spent for done in map(Outcome.load, places) if done)
     artefact: Any = None
     for seed in recipe.seeds:
         for arm in arms:
@@ -78,7 +76,8 @@ def _every_arm(setting: Setting, shared: Path | None) -> Result:
                 known = made is None and hasattr(verb, "artefact")
                 artefact = verb.artefact(setting, place_of(folder, arm, seed)) if known else made
             arms[arm].append(outcome)
-    gain, result = summary(recipe, arms, before + time.monotonic() - began)
+    spent = sum(outcome.spent for outcomes in arms.values() for outcome in outcomes)  # by earlier processes, too
+    gain, result = summary(recipe, arms, max(spent, time.monotonic() - began))
     first(lambda: _report(setting, result))
     control = mean_metrics(arms.get("control", []))
     return Result(artefact, mean_metrics(arms["student"]), control, gain, result["verdict"], folder, arms)
